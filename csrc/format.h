@@ -1,0 +1,51 @@
+// The INT4 row format: the only C++ file that knows the layout (twin: saw_int4/format.py).
+//
+// One row holds one (token, KV head) of K, or of V:
+//
+//     [ codes: head_dim/2 bytes ][ scale: fp16 ][ offset: fp16 ]        x ~ scale * code + offset
+//
+// Codes lie in little-endian 32-bit words of 8 channels. Channel c = 8*w + 2*i + e (i in 0..3, e in 0..1)
+// is the nibble of word w at bit 16*e + 4*i: one shift and one mask, (word >> 4*i) & 0x000f000f, yields the
+// channels 2i and 2i+1 of the word as a pair of 16-bit lanes, which is what a tensor-core fragment, a bf16x2
+// store and a 16-bit SIMD lane all want. csrc/README.md shows the register mapping this order was chosen for.
+//
+// Rounding, step by step (every operation is one IEEE fp32 operation, round to nearest even, never fused):
+//     t      = (float(x) - mean) * inv_scale           when the row is calibrated, else float(x)
+//     t      = FWHT of each block of `order` channels: for stride = 1, 2, 4, ... < order
+//                  (lo, hi) <- (lo + hi, lo - hi)       for every pair of channels `stride` apart
+//              then t * float(order ** -0.5)            when rotated
+//     scale  = fp16((max t - min t) / 15),  offset = fp16(min t)
+//     code   = clamp(round_half_even((t - offset) * (1 / scale)), 0, 15), or 0 when scale is 0
+// A row whose t, scale or offset is not finite stores NaN scale, NaN offset and codes 0: the damage is seen,
+// and stays in that row.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SAW_INT4_HD __host__ __device__
+#else
+#define SAW_INT4_HD
+#endif
+
+namespace saw_int4 {
+
+inline constexpr int kFormatVersion = 1;
+inline constexpr int kCodesPerWord = 8;
+inline constexpr int kCodeMax = 15;
+inline constexpr int kParamBytes = 4;             // fp16 scale, fp16 offset
+inline constexpr uint16_t kNanParam = 0x7e00;     // the fp16 NaN that marks a damaged row
+
+// Bytes of codes, and of a whole row. head_dim: a multiple of 16.
+SAW_INT4_HD constexpr int code_bytes(int head_dim) { return head_dim / 2; }
+SAW_INT4_HD constexpr int row_bytes(int head_dim) { return code_bytes(head_dim) + kParamBytes; }
+
+// Byte positions of the parameters inside a row.
+SAW_INT4_HD constexpr int scale_byte(int head_dim) { return code_bytes(head_dim); }
+SAW_INT4_HD constexpr int offset_byte(int head_dim) { return code_bytes(head_dim) + 2; }
+
+// Where channel c lies: 32-bit word of the row, and bit inside that word.
+SAW_INT4_HD constexpr int word_of_channel(int c) { return c / kCodesPerWord; }
+SAW_INT4_HD constexpr int bit_of_channel(int c) { return 16 * (c & 1) + 4 * ((c >> 1) & 3); }
+
+}  // namespace saw_int4

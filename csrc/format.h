@@ -14,7 +14,7 @@
 //     t      = FWHT of each block of `order` channels: for stride = 1, 2, 4, ... < order
 //                  (lo, hi) <- (lo + hi, lo - hi)       for every pair of channels `stride` apart
 //              then t * float(order ** -0.5)            when rotated
-//     scale  = fp16((max t - min t) / 15),  offset = fp16(min t)
+//     scale  = fp16((max t - min t) / 15),  offset = fp16(min t), a zero of either sign stored as +0
 //     code   = clamp(round_half_even((t - offset) * (1 / scale)), 0, 15), or 0 when scale is 0
 // A row whose t, scale or offset is not finite stores NaN scale, NaN offset and codes 0: the damage is seen,
 // and stays in that row.

@@ -1,0 +1,239 @@
+"""The oracle: format, transform and attention in slow, obvious PyTorch.
+
+Written from the design, not from the kernels: it shares no arithmetic and no constant with csrc/ or format.py, and
+nothing but tests and evaluations calls it. Bytes are reproduced exactly, so every step of quantization is one fp32
+operation. Attention is computed in float64 over the dequantized cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def hadamard(x: Tensor, order: int) -> Tensor:
+    """Orthonormal block-diagonal Hadamard transform of the last dimension, in x's own precision.
+
+    Args:
+        x: ``[..., D]`` floating point.
+        order: block size, 1 or a power of two that divides D.
+
+    Returns:
+        A new tensor like x. The transform is its own inverse. In float32 the result is the format's, bit for bit:
+        stages of stride 1, 2, 4, ... and one product with ``float(order ** -0.5)`` at the end.
+    """
+    if order == 1:
+        return x.clone()
+    y = x.reshape(*x.shape[:-1], x.shape[-1] // order, order)
+    stride = 1
+    while stride < order:
+        pairs = y.reshape(*y.shape[:-1], order // (2 * stride), 2, stride)
+        lo, hi = pairs[..., 0, :], pairs[..., 1, :]
+        y = torch.stack((lo + hi, lo - hi), dim=-2).reshape(y.shape)
+        stride *= 2
+    return (y * torch.tensor(order**-0.5, dtype=x.dtype)).reshape(x.shape)
+
+
+def transform_keys(k: Tensor, order: int, mean: Tensor | None = None, inv_scale: Tensor | None = None) -> Tensor:
+    """``H_R((K - mean) * inv_scale)``.
+
+    Args:
+        k: ``[T, H_kv, D]`` any floating dtype; float64 stays float64, all else is computed in float32.
+        mean, inv_scale: ``[H_kv, D]`` or None.
+    """
+    x = k if k.dtype == torch.float64 else k.float()
+    if mean is not None:
+        x = (x - mean.to(x.dtype)) * inv_scale.to(x.dtype)
+    return hadamard(x, order)
+
+
+def nibble_position(channel: int) -> tuple[int, int]:
+    """(byte of the row, bit inside that byte) of a channel's code."""
+    word, within = divmod(channel, 8)
+    half, step = within % 2, within // 2
+    return 4 * word + 2 * half + step // 2, 4 * (step % 2)
+
+
+def quantize_rows(t: Tensor) -> Tensor:
+    """Quantize transformed rows.
+
+    Args:
+        t: ``[..., D]`` float32, already transformed.
+
+    Returns:
+        uint8 ``[..., D/2 + 4]``.
+    """
+    low, high = t.amin(-1, keepdim=True), t.amax(-1, keepdim=True)
+    scale = ((high - low) / 15.0).half()
+    offset = low.half()
+    offset = torch.where(offset == 0, torch.zeros_like(offset), offset)
+    damaged = ~(t.isfinite().all(-1, keepdim=True) & scale.isfinite() & offset.isfinite())
+    inverse = 1.0 / scale.float()
+    codes = torch.round((t - offset.float()) * inverse).clamp(0, 15)
+    codes = torch.where(damaged | (scale == 0), torch.zeros_like(codes), codes).to(torch.uint8)
+    nan = torch.full_like(scale, math.nan)
+    params = torch.cat((torch.where(damaged, nan, scale), torch.where(damaged, nan, offset)), -1)
+    param_words = torch.where(params.isnan(), 0x7E00, params.view(torch.int16).int() & 0xFFFF)
+
+    head_dim = t.shape[-1]
+    rows = torch.zeros(*t.shape[:-1], head_dim // 2 + 4, dtype=torch.uint8)
+    for channel in range(head_dim):
+        byte, bit = nibble_position(channel)
+        rows[..., byte] |= codes[..., channel] << bit
+    for i in range(2):
+        rows[..., head_dim // 2 + 2 * i] = (param_words[..., i] & 0xFF).to(torch.uint8)
+        rows[..., head_dim // 2 + 2 * i + 1] = (param_words[..., i] >> 8).to(torch.uint8)
+    return rows
+
+
+def dequantize_rows(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``scale * code + offset`` of every channel, still transformed.
+
+    Args:
+        rows: uint8 ``[..., D/2 + 4]``.
+        dtype: float32 and narrower: computed in float32, then rounded once more. float64: exact.
+
+    Returns:
+        ``[..., D]``.
+    """
+    head_dim = (rows.shape[-1] - 4) * 2
+    codes = torch.stack(
+        [(rows[..., byte] >> bit) & 15 for byte, bit in (nibble_position(c) for c in range(head_dim))], dim=-1
+    )
+    params = rows[..., head_dim // 2 :].contiguous().view(torch.float16)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scale, offset = params[..., 0:1].to(wide), params[..., 1:2].to(wide)
+    return (scale * codes.to(wide) + offset).to(dtype)
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    rotation_order: int,
+    rotate_v: bool = False,
+    k_mean: Tensor | None = None,
+    k_inv_scale: Tensor | None = None,
+) -> None:
+    """The oracle of ``ops.append_kv``; mutates the caches at ``slots``."""
+    k_rows = quantize_rows(transform_keys(k, rotation_order, k_mean, k_inv_scale))
+    v_rows = quantize_rows(hadamard(v.float(), rotation_order if rotate_v else 1))
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            k_cache[slot] = k_rows[token]
+            v_cache[slot] = v_rows[token]
+
+
+def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_out: Tensor, v_out: Tensor) -> None:
+    """The oracle of ``ops.gather_kv``; mutates ``k_out`` and ``v_out``."""
+    index = slots.long()
+    k_out.copy_(dequantize_rows(k_cache[index], k_out.dtype))
+    v_out.copy_(dequantize_rows(v_cache[index], v_out.dtype))
+
+
+def visible_tokens(seq_len: int, num_rows: int, window: int = -1, tree_mask: list[int] | None = None) -> Tensor:
+    """Which tokens each of a request's last rows sees: bool ``[num_rows, seq_len]``."""
+    seen = torch.zeros(num_rows, seq_len, dtype=torch.bool)
+    first_new = seq_len - num_rows
+    for row in range(num_rows):
+        position = first_new + row
+        for token in range(seq_len):
+            if token < first_new:
+                visible = True
+            elif tree_mask is not None:
+                visible = bool((tree_mask[row] >> (token - first_new)) & 1)
+            else:
+                visible = token <= position
+            if window >= 0 and not position - window <= token <= position:
+                visible = False
+            seen[row, token] = visible
+    return seen
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    sm_scale: float,
+    logit_cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention in float64.
+
+    Args:
+        q: ``[n, H_q, D]``; k, v: ``[L, H_kv, D]``; any floating dtype.
+        seen: bool ``[n, L]``.
+        sinks: ``[H_q]`` extra logits, or None.
+
+    Returns:
+        (out ``[n, H_q, D]``, lse ``[n, H_q]``, natural logarithm, sinks included), float64. A row that sees nothing
+        is zeros, with lse -inf (the sink alone when there is one).
+    """
+    n, num_q_heads, head_dim = q.shape
+    group = num_q_heads // k.shape[1]
+    out = torch.zeros(n, num_q_heads, head_dim, dtype=torch.float64)
+    lse = torch.full((n, num_q_heads), -math.inf, dtype=torch.float64)
+    for row in range(n):
+        tokens = seen[row].nonzero().flatten()
+        for head in range(num_q_heads):
+            keys, values = k[tokens, head // group].double(), v[tokens, head // group].double()
+            logits = (keys @ q[row, head].double()) * sm_scale
+            if logit_cap > 0:
+                logits = logit_cap * torch.tanh(logits / logit_cap)
+            if sinks is not None:
+                logits = torch.cat((logits, sinks[head].double().reshape(1)))
+                values = torch.cat((values, torch.zeros(1, head_dim, dtype=torch.float64)))
+            if len(logits):
+                out[row, head] = torch.softmax(logits, 0) @ values
+                lse[row, head] = torch.logsumexp(logits, 0)
+    return out, lse
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_table: Tensor,
+    table_rows: Tensor,
+    seq_lens: Tensor,
+    q_indptr: Tensor | None = None,
+    *,
+    sm_scale: float,
+    max_q_len: int = 1,
+    rotation_order: int,
+    rotate_v: bool = False,
+    k_mean: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    logit_cap: float = 0.0,
+    window: int = -1,
+    sinks: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The oracle of ``ops.decode_attention``: (out, lse) in float64, by undoing the transform of the cache.
+
+    Keys are brought back as ``H_R(K') * k_scale + k_mean``, so nothing of the kernels' algebra is assumed.
+    """
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
+    for b, seq_len in enumerate(seq_lens.tolist()):
+        start = b * max_q_len if q_indptr is None else int(q_indptr[b])
+        end = start + max_q_len if q_indptr is None else int(q_indptr[b + 1])
+        slots = slot_table[table_rows[b], :seq_len].long()
+        k = hadamard(dequantize_rows(k_cache[slots], torch.float64), rotation_order)
+        v = hadamard(dequantize_rows(v_cache[slots], torch.float64), rotation_order if rotate_v else 1)
+        if k_scale is not None:
+            k = k * k_scale.double() + k_mean.double()
+        rows = min(end - start, seq_len)  # rows before the first token see nothing
+        masks = None if tree_mask is None else tree_mask[start:end].tolist()
+        if rows == end - start:
+            seen = visible_tokens(seq_len, rows, window, masks)
+            out[start:end], lse[start:end] = attention(q[start:end], k, v, seen, sm_scale, logit_cap, sinks)
+        elif sinks is not None:
+            lse[start:end] = sinks.double()
+    return out, lse

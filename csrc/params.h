@@ -1,4 +1,4 @@
-// What every kernel is called with: plain structs, shapes beside pointers. No torch, no SGLang.
+// What every kernel is called with: plain structs, shapes beside pointers. Knows no framework.
 //
 // Letters: T tokens, B requests, H_q query heads, H_kv KV heads (H_q % H_kv == 0), D head_dim, R rotation order.
 #pragma once

@@ -1,0 +1,151 @@
+"""Serves a model with an int4 KV cache and shows, over HTTP, that it works. What scripts/serve.sh runs.
+
+Everything is learnt from the running server, as any client would: nothing here knows SGLang or the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+QUESTION = "What is the capital of France? Answer in one short sentence."
+EXPECTED = "Paris"
+START_TIMEOUT_S = 600
+
+
+class ServeError(RuntimeError):
+    """The server did not start, or did not do what was promised."""
+
+
+def request(url: str, body: dict | None = None, timeout: float = 120.0) -> dict:
+    """GET, or POST a JSON body; returns the JSON answer."""
+    data = None if body is None else json.dumps(body).encode()
+    call = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(call, timeout=timeout) as answer:
+        return json.loads(answer.read() or b"{}")
+
+
+def wait_until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
+    """Return once the server lists its model.
+
+    Raises:
+        ServeError: the server died or did not answer in time.
+    """
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise ServeError(f"the server stopped with exit code {server.returncode} while starting; see {log}")
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError, json.JSONDecodeError):
+            request(f"{url}/v1/models", timeout=5)
+            return
+        time.sleep(1)
+    raise ServeError(f"the server did not answer within {START_TIMEOUT_S} s; see {log}")
+
+
+def chat_body(model: str) -> dict:
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "temperature": 0,
+        "max_tokens": 32,
+    }
+
+
+def show(url: str) -> dict:
+    """Ask the server one question and what its cache is; print both. Returns what was found.
+
+    Returns:
+        dict with ``answer``, ``tokens``, ``bf16_tokens``, ``format`` (the server's own description).
+    """
+    model = request(f"{url}/v1/models")["data"][0]["id"]
+    body = chat_body(model)
+    answer = request(f"{url}/v1/chat/completions", body)["choices"][0]["message"]["content"].strip()
+    cache = request(f"{url}/server_info").get("saw_int4")
+    if cache is None:
+        raise ServeError(f"{url}/server_info does not mention saw_int4: this server does not run an int4 KV cache")
+    bf16_tokens = cache["cache_bytes"] // cache["bf16_bytes_per_token"]
+    print(f"address   {url}")
+    print(f"try       curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
+    print(f"question  {QUESTION}")
+    print(f"answer    {answer}")
+    print(f"format    {cache['description']}")
+    ratio = cache["tokens"] / bf16_tokens
+    print(f"capacity  {cache['tokens']} tokens; bfloat16 would hold {bf16_tokens} in the same bytes ({ratio:.2f}x)")
+    sys.stdout.flush()
+    return {"answer": answer, "tokens": cache["tokens"], "bf16_tokens": bf16_tokens, "format": cache["description"]}
+
+
+def check(found: dict) -> None:
+    """Raise ServeError unless the answer, the format and the capacity are as promised."""
+    wrong = []
+    if EXPECTED not in found["answer"]:
+        wrong.append(f"answer is {found['answer']!r}, expected it to name {EXPECTED}")
+    if not found["format"].startswith("int4 ") or "K rotated" not in found["format"]:
+        wrong.append(f"format is {found['format']!r}, expected int4 with rotated K")
+    ratio = found["tokens"] / found["bf16_tokens"]
+    if not 3.5 < ratio < 3.95:
+        wrong.append(f"capacity is {ratio:.2f}x that of bfloat16, expected 3.5 to 3.95")
+    if wrong:
+        raise ServeError("; ".join(wrong))
+
+
+def stop(server: subprocess.Popen) -> None:
+    """End the server and every process it started."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=15)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="scripts/serve.sh", description="Serve a model with an int4 KV cache. Further flags go to SGLang."
+    )
+    parser.add_argument("--smoke", action="store_true", help="show that it works, then stop; exit code 0 if it did")
+    parser.add_argument("--model", required=True, help="checkpoint folder (serve.sh: SmolLM2-135M-Instruct)")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("--log", type=Path, required=True, help="file for the server's own output")
+    options, rest = parser.parse_known_args()
+
+    command = [sys.executable, "-m", "saw_int4.launch_server", "--model-path", options.model]
+    command += ["--kv-cache-dtype", "int4", "--host", options.host, "--port", str(options.port), *rest]
+    url = f"http://{options.host}:{options.port}"
+    print(f"starting  {' '.join(command)}\nlog       {options.log}", flush=True)
+    with options.log.open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_until_healthy(url, server, options.log)
+        found = show(url)
+        if options.smoke:
+            check(found)
+            print("smoke     ok")
+        else:
+            print("serving   press Ctrl-C to stop", flush=True)
+            server.wait()
+            raise ServeError(f"the server stopped with exit code {server.returncode}; see {options.log}")
+    except ServeError as error:
+        print("".join(options.log.read_text(errors="replace").splitlines(keepends=True)[-25:]), file=sys.stderr)
+        print(f"failed    {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopping", flush=True)
+    finally:
+        stop(server)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

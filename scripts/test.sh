@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Sets up everything, then runs all tests: style, operators, emulated CUDA kernels, and both supported SGLang versions.
+#
+#   scripts/test.sh              everything
+#   scripts/test.sh ARGS...      only pytest on SGLang 0.5.23, with ARGS (as: scripts/test.sh tests/test_format.py -k golden)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=$(scripts/setup.sh 0.5.23)
+export SAW_INT4_TEST_MODEL=$("$python" scripts/prepare_model.py)
+if [ $# -gt 0 ]; then
+  exec "$python" -m pytest "$@"
+fi
+second=$(scripts/setup.sh 0.5.21)
+bin=$(dirname "$python")
+
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs "$bin/clang-format" --dry-run --Werror
+
+"$python" -m pytest
+"$second" -m pytest -m both_versions tests/integration

@@ -1,0 +1,58 @@
+// launch(kernel, grid, block, shared_bytes, stream, args...): one checked kernel launch, on the GPU or in the
+// emulator. Throws std::runtime_error naming the kernel, the shape of the launch and CUDA's reason.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#if defined(SAW_INT4_EMULATE)
+#include "emulator/launch.h"
+#else
+#include <cuda_runtime.h>
+
+namespace saw_int4 {
+
+using Stream = cudaStream_t;
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("saw_int4: ") + what + " failed: " + cudaGetErrorString(status));
+}
+
+template <typename... KernelArgs, typename... Args>
+void launch(const char* name, void (*kernel)(KernelArgs...), int grid, int block, int shared_bytes, Stream stream,
+            const Args&... args) {
+  // More than 48 KiB of dynamic shared memory must be asked for, per kernel and device.
+  cudaError_t status = cudaSuccess;
+  if (shared_bytes > 48 * 1024)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status == cudaSuccess) {
+    kernel<<<grid, block, shared_bytes, stream>>>(args...);
+    status = cudaGetLastError();
+  }
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("saw_int4: launch of ") + name + " (grid " + std::to_string(grid) + ", block " +
+                             std::to_string(block) + ", shared memory " + std::to_string(shared_bytes) +
+                             " bytes) failed: " + cudaGetErrorString(status));
+}
+
+// What the launch planners ask about the device a stream runs on.
+struct DeviceLimits {
+  int sm_count = 0;
+  int shared_bytes_per_sm = 0;     // what the blocks resident on one SM share, 1 KiB per block reserved included
+  int shared_bytes_per_block = 0;  // the most one block may ask for
+};
+
+inline DeviceLimits device_limits(int device) {
+  DeviceLimits limits;
+  check_cuda(cudaDeviceGetAttribute(&limits.sm_count, cudaDevAttrMultiProcessorCount, device), "asking the device");
+  check_cuda(cudaDeviceGetAttribute(&limits.shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+             "asking the device");
+  check_cuda(cudaDeviceGetAttribute(&limits.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "asking the device");
+  return limits;
+}
+
+}  // namespace saw_int4
+#endif

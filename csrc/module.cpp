@@ -1,0 +1,17 @@
+// saw_int4._C: loading it registers the operators; its functions are the format's twin for tests and sizing.
+#include <pybind11/pybind11.h>
+
+#include "format.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("FORMAT_VERSION") = saw_int4::kFormatVersion;
+  m.attr("CODES_PER_WORD") = saw_int4::kCodesPerWord;
+  m.attr("CODE_MAX") = saw_int4::kCodeMax;
+  m.attr("PARAM_BYTES") = saw_int4::kParamBytes;
+  m.attr("NAN_PARAM") = saw_int4::kNanParam;
+  m.def("row_bytes", &saw_int4::row_bytes);
+  m.def("scale_byte", &saw_int4::scale_byte);
+  m.def("offset_byte", &saw_int4::offset_byte);
+  m.def("word_of_channel", &saw_int4::word_of_channel);
+  m.def("bit_of_channel", &saw_int4::bit_of_channel);
+}

@@ -1,0 +1,298 @@
+// The intrinsics of csrc/common/device.h, executed. Same names, same semantics; the site of each call is an extra
+// defaulted argument, so that errors can name the line of the kernel.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "emulator/fragments.h"
+#include "emulator/half.h"
+#include "emulator/machine.h"
+
+#define SAW_INT4_KERNEL void
+#define SAW_INT4_DEVICE inline
+#define SAW_INT4_LAUNCH_BOUNDS(threads, blocks_per_sm)
+#define SAW_INT4_UNROLL
+
+// CUDA's vector types, with CUDA's alignment.
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) int2 {
+  int32_t x, y;
+};
+struct alignas(16) int4 {
+  int32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace saw_int4::dev {
+
+using emulator::machine;
+using emulator::Site;
+
+inline int thread_index() {
+  return machine().current().index;
+}
+inline int thread_count() {
+  return machine().block_threads();
+}
+inline int block_index() {
+  return machine().current().block->index;
+}
+inline int block_count() {
+  return machine().grid();
+}
+inline int lane_id() {
+  return machine().current().lane;
+}
+
+inline void block_sync(Site site = Site::current()) {
+  machine().block_sync(site);
+}
+inline void warp_sync(Site site = Site::current()) {
+  machine().warp_sync(site);
+}
+[[noreturn]] inline void trap(Site site = Site::current()) {
+  machine().stop(site, "trap");
+}
+
+// ---- collectives of a warp ----
+
+template <class T>
+T shfl_xor(T value, int mask, Site site = Site::current()) {
+  struct In {
+    T value;
+    int mask;
+  };
+  return machine().collective<T>("shfl_xor", site, In{value, mask}, [&](const In* in, T* out) {
+    for (int lane = 0; lane < 32; ++lane) out[lane] = in[(lane ^ in[lane].mask) & 31].value;
+  });
+}
+
+template <class T>
+T shfl_idx(T value, int source, Site site = Site::current()) {
+  struct In {
+    T value;
+    int source;
+  };
+  return machine().collective<T>("shfl_idx", site, In{value, source}, [&](const In* in, T* out) {
+    for (int lane = 0; lane < 32; ++lane) out[lane] = in[in[lane].source & 31].value;
+  });
+}
+
+template <class T>
+T shfl_up(T value, int delta, Site site = Site::current()) {
+  struct In {
+    T value;
+    int delta;
+  };
+  return machine().collective<T>("shfl_up", site, In{value, delta}, [&](const In* in, T* out) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const int source = lane - (in[lane].delta & 31);
+      out[lane] = in[source < 0 ? lane : source].value;
+    }
+  });
+}
+
+inline bool any(bool predicate, Site site = Site::current()) {
+  return machine().collective<bool>("any", site, predicate, [](const bool* in, bool* out) {
+    std::fill(out, out + 32, std::any_of(in, in + 32, [](bool vote) { return vote; }));
+  });
+}
+
+// A broadcast from lane 0 on the GPU, so a collective here: not to be asked for in divergent code.
+inline int warp_id(Site site = Site::current()) {
+  return machine().collective<int>("warp_id", site, thread_index(),
+                                   [](const int* in, int* out) { std::fill(out, out + 32, in[0] / 32); });
+}
+
+namespace detail {
+
+template <emulator::Element kElement>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* name, const Site& site) {
+  emulator::MmaOperands in;
+  std::memcpy(in.a, a, sizeof a);
+  std::memcpy(in.b, b, sizeof b);
+  std::memcpy(in.c, d, sizeof d);
+  const auto out = machine().collective<emulator::MmaResult>(name, site, in, emulator::mma_m16n8k16<kElement>);
+  std::memcpy(d, out.d, sizeof d);
+}
+
+}  // namespace detail
+
+inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             Site site = Site::current()) {
+  detail::mma<emulator::Element::kHalf>(d, a, b, "mma_m16n8k16_f16", site);
+}
+inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              Site site = Site::current()) {
+  detail::mma<emulator::Element::kBFloat16>(d, a, b, "mma_m16n8k16_bf16", site);
+}
+inline uint32_t movmatrix_trans_b16(uint32_t row_pair, Site site = Site::current()) {
+  return machine().collective<uint32_t>("movmatrix_trans_b16", site, row_pair, emulator::movmatrix_trans);
+}
+
+// ---- memory ----
+
+inline uint32_t shared_base() {
+  return emulator::SharedMemory::kBase;
+}
+
+template <class T>
+T ld_shared(uint32_t address, Site site = Site::current()) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  auto& self = machine().current();
+  T value;
+  self.block->shared.read(&value, address, sizeof(T), self.index, self.block->clocks, site);
+  return value;
+}
+template <class T>
+void st_shared(uint32_t address, T value, Site site = Site::current()) {
+  auto& self = machine().current();
+  self.block->shared.write(address, &value, sizeof(T), self.index, self.block->clocks, site);
+}
+template <class T>
+T ld_global(const T* pointer, Site site = Site::current()) {
+  T value;
+  machine().global().read(&value, pointer, sizeof(T), true, machine().accessor(), site);
+  return value;
+}
+template <class T>
+T ld_global_coherent(const T* pointer, Site site = Site::current()) {
+  T value;
+  machine().global().read(&value, pointer, sizeof(T), false, machine().accessor(), site);
+  return value;
+}
+template <class T>
+void st_global(T* pointer, T value, Site site = Site::current()) {
+  machine().global().write(pointer, &value, sizeof(T), machine().accessor(), site);
+}
+inline void thread_fence() {
+  machine().global().fence(machine().accessor());
+}
+inline uint32_t atomic_add_u32(uint32_t* target, uint32_t value, Site site = Site::current()) {
+  const uint32_t before = machine().global().atomic_add(target, value, site);
+  machine().yield();
+  return before;
+}
+
+template <int BYTES>
+void cp_async_zfill(uint32_t address, const void* source, bool valid, Site site = Site::current()) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+  emulator::AsyncCopy copy{address, BYTES, valid ? source : nullptr, {}, site};
+  if (valid) machine().global().read(copy.data.data(), source, BYTES, false, machine().accessor(), site);
+  machine().issue_copy(copy);
+}
+inline void cp_async_commit() {
+  machine().commit_copies();
+}
+template <int N>
+void cp_async_wait(Site site = Site::current()) {
+  machine().wait_for_copies(N, site);
+}
+
+// ---- bits and arithmetic ----
+
+inline uint32_t lop3_and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  return (x & mask) | bits;
+}
+inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> (4 * i);
+    auto byte = static_cast<uint8_t>(bytes >> (8 * (nibble & 7)));
+    if (nibble & 8) byte = byte & 0x80 ? 0xff : 0;  // the byte's sign, eight times
+    result |= static_cast<uint32_t>(byte) << (8 * i);
+  }
+  return result;
+}
+inline uint32_t mul_hi(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+}
+
+inline uint32_t float_bits(float x) {
+  return std::bit_cast<uint32_t>(x);
+}
+inline float bits_float(uint32_t x) {
+  return std::bit_cast<float>(x);
+}
+
+inline float f16_to_float(uint16_t h) {
+  return emulator::half_to_float(h);
+}
+inline uint16_t float_to_f16(float f) {
+  return emulator::float_to_half(f);
+}
+inline float bf16_to_float(uint16_t h) {
+  return emulator::bf16_to_float(h);
+}
+inline uint16_t float_to_bf16(float f) {
+  return emulator::float_to_bf16(f);
+}
+inline uint32_t pack_f16x2(float lo, float hi) {
+  return float_to_f16(lo) | uint32_t{float_to_f16(hi)} << 16;
+}
+inline uint32_t pack_bf16x2(float lo, float hi) {
+  return float_to_bf16(lo) | uint32_t{float_to_bf16(hi)} << 16;
+}
+
+// Compiled with -ffp-contract=off.
+inline float add_rn(float a, float b) {
+  return a + b;
+}
+inline float sub_rn(float a, float b) {
+  return a - b;
+}
+inline float mul_rn(float a, float b) {
+  return a * b;
+}
+inline float div_rn(float a, float b) {
+  return a / b;
+}
+inline float fma_rn(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+inline int round_to_int_rn(float x) {  // as __float2int_rn: saturates, NaN is 0
+  if (std::isnan(x)) return 0;
+  if (x >= 0x1p31f) return INT32_MAX;
+  if (x < -0x1p31f) return INT32_MIN;
+  return static_cast<int>(std::nearbyint(x));
+}
+inline float fmin(float a, float b) {
+  return std::fmin(a, b);
+}
+inline float fmax(float a, float b) {
+  return std::fmax(a, b);
+}
+inline bool is_finite(float x) {
+  return (float_bits(x) & 0x7f800000u) != 0x7f800000u;
+}
+
+namespace detail {
+inline float flush_subnormal(float x) {
+  return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.f, x) : x;
+}
+}  // namespace detail
+
+// Within 1 ulp here, about 2 on the GPU; subnormals flushed as there.
+inline float exp2_approx(float x) {
+  return detail::flush_subnormal(std::exp2(detail::flush_subnormal(x)));
+}
+inline float log2_approx(float x) {
+  return std::log2(detail::flush_subnormal(x));
+}
+
+}  // namespace saw_int4::dev

@@ -1,0 +1,137 @@
+#include "emulator/global_memory.h"
+
+#include <cstring>
+#include <new>
+
+namespace saw_int4::emulator {
+
+namespace {
+constexpr uint32_t kGranule = 2;  // bytes per History: the narrowest access of any kernel
+}
+
+void GlobalMemory::add(const std::string& name, const void* memory, int64_t bytes, Access access) {
+  if (memory == nullptr || bytes <= 0) return;
+  const auto begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t end = begin + static_cast<uintptr_t>(bytes);
+  last_ = nullptr;
+  Allocation allocation{name, begin, end, static_cast<int>(access), nullptr};
+  const auto same = allocations_.find(begin);
+  if (same != allocations_.end() && same->second.end == end) {
+    allocation.name = same->second.name + " and " + name;
+    allocation.access |= same->second.access;
+  } else {
+    const auto next = allocations_.lower_bound(begin);
+    const bool hits_next = next != allocations_.end() && next->second.begin < end;
+    const bool hits_previous = next != allocations_.begin() && std::prev(next)->second.end > begin;
+    if (hits_next || hits_previous) {
+      throw Error("emulator: " + name + " overlaps " + (hits_next ? next : std::prev(next))->second.name +
+                  " in part; expected separate memory or the very same range");
+    }
+  }
+  if (allocation.access == static_cast<int>(Access::kReadWrite)) {
+    const size_t granules = (end - begin) / kGranule + 2;
+    allocation.history.reset(static_cast<History*>(std::calloc(granules, sizeof(History))));
+    if (allocation.history == nullptr) throw std::bad_alloc();
+  }
+  allocations_.insert_or_assign(begin, std::move(allocation));
+}
+
+void GlobalMemory::begin_launch() {
+  ++launch_;
+  unpublished_.clear();
+}
+
+GlobalMemory::Allocation& GlobalMemory::find(const char* verb, const void* pointer, uint32_t bytes, Access access,
+                                             const Site& site) {
+  const auto begin = reinterpret_cast<uintptr_t>(pointer);
+  if (last_ == nullptr || begin < last_->begin || begin + bytes > last_->end) {
+    auto after = allocations_.upper_bound(begin);
+    Allocation* below = after == allocations_.begin() ? nullptr : &std::prev(after)->second;
+    if (below == nullptr || begin + bytes > below->end) {
+      std::string where = text("address ", pointer);
+      if (below != nullptr)
+        where +=
+            text(", ", begin - below->begin, " bytes into ", below->name, " of ", below->end - below->begin, " bytes");
+      if (after != allocations_.end()) where += text(", ", after->first - begin, " bytes before ", after->second.name);
+      fail(site, text("global ", verb, " of ", bytes, " bytes out of bounds: ", where));
+    }
+    last_ = below;
+  }
+  if (begin % bytes != 0) {
+    fail(site, text("misaligned global ", verb, " of ", bytes, " bytes at address ", pointer, ", ",
+                    begin - last_->begin, " bytes into ", last_->name));
+  }
+  if ((last_->access & static_cast<int>(access)) != static_cast<int>(access)) {
+    fail(site, text("global ", verb, " of ", last_->name, ", which the kernel may not ",
+                    access == Access::kRead ? "read" : "write"));
+  }
+  return *last_;
+}
+
+template <class Fn>
+void GlobalMemory::for_each(const Allocation& allocation, const void* pointer, uint32_t bytes, Fn fn) {
+  if (allocation.history == nullptr) return;
+  const uintptr_t origin = allocation.begin / kGranule, begin = reinterpret_cast<uintptr_t>(pointer);
+  for (uintptr_t i = begin / kGranule; i <= (begin + bytes - 1) / kGranule; ++i) {
+    fn(allocation.history[i - origin], i * kGranule - allocation.begin);
+  }
+}
+
+void GlobalMemory::read(void* to, const void* from, uint32_t bytes, bool read_only_path, const Accessor& who,
+                        const Site& site) {
+  const Allocation& allocation = find("read", from, bytes, Access::kRead, site);
+  for_each(allocation, from, bytes, [&](History& history, uintptr_t at) {
+    if (read_only_path) history.read_only_in = launch_;
+    if (history.written_in != launch_) return;
+    const auto writer = [&] {
+      return text("byte ", at, " of ", allocation.name, " was written by block ", history.block, ", ",
+                  name_thread(history.writer.thread()));
+    };
+    if (read_only_path) {
+      fail(site, text("read through the read-only path of memory that this launch writes: ", writer(),
+                      "; use ld_global_coherent"));
+    }
+    if (history.block != who.block && !history.published) {
+      fail(site, text("race in global memory: ", writer(), " without a thread_fence since"));
+    }
+    if (history.block == who.block && !who.clocks.comes_before(history.writer, who.thread)) {
+      fail(site, text("race in global memory: ", writer(), " with no barrier in between"));
+    }
+  });
+  std::memcpy(to, from, bytes);
+}
+
+void GlobalMemory::write(void* to, const void* from, uint32_t bytes, const Accessor& who, const Site& site) {
+  const Allocation& allocation = find("write", to, bytes, Access::kWrite, site);
+  const Stamp now = who.clocks.now(who.thread);
+  for_each(allocation, to, bytes, [&](History& history, uintptr_t at) {
+    if (history.read_only_in == launch_) {
+      fail(site, text("global write of byte ", at, " of ", allocation.name,
+                      ", which this launch has read through the read-only path; use ld_global_coherent there"));
+    }
+    history = {launch_, 0, who.block, now, false};
+    unpublished_[who.block].push_back({now, &history});
+  });
+  std::memcpy(to, from, bytes);
+}
+
+uint32_t GlobalMemory::atomic_add(uint32_t* target, uint32_t value, const Site& site) {
+  find("atomic", target, sizeof(uint32_t), Access::kReadWrite, site);
+  const uint32_t before = *target;
+  *target = before + value;
+  return before;
+}
+
+void GlobalMemory::fence(const Accessor& who) {
+  auto& mine = unpublished_[who.block];
+  std::erase_if(mine, [&](const Unpublished& entry) {
+    // Overwritten since by somebody else: then it is their write that awaits publication.
+    const bool stale = entry.history->block != who.block || entry.history->writer != entry.writer;
+    if (stale) return true;
+    if (!who.clocks.comes_before(entry.writer, who.thread)) return false;
+    entry.history->published = true;
+    return true;
+  });
+}
+
+}  // namespace saw_int4::emulator

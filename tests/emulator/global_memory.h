@@ -1,0 +1,78 @@
+// Global memory: the allocations a launch may touch, registered by the host, and what the launch did to them.
+//
+// Every access must lie inside one allocation that permits it, at its natural alignment. Allocations that are both
+// read and written also remember, per two bytes, who wrote them in this launch: a read by another thread of the
+// block needs a barrier in between, a read by another block needs the writer's side to have fenced, and the
+// read-only path (ld_global) may never see a byte that the launch writes.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "emulator/clocks.h"
+#include "emulator/report.h"
+
+namespace saw_int4::emulator {
+
+enum class Access { kRead = 1, kWrite = 2, kReadWrite = 3 };
+
+// Who is accessing: a thread of a block, with the block's clocks.
+struct Accessor {
+  int block;
+  int thread;
+  const Clocks& clocks;
+};
+
+class GlobalMemory {
+ public:
+  // Adjacent or overlapping ranges stay separate allocations; a range that coincides with one registered before
+  // (an operator working in place) adds its permission to it.
+  void add(const std::string& name, const void* memory, int64_t bytes, Access access);
+  void clear() {
+    allocations_.clear();
+    last_ = nullptr;
+  }
+  void begin_launch();
+
+  void read(void* to, const void* from, uint32_t bytes, bool read_only_path, const Accessor& who, const Site& site);
+  void write(void* to, const void* from, uint32_t bytes, const Accessor& who, const Site& site);
+  uint32_t atomic_add(uint32_t* target, uint32_t value, const Site& site);
+  // Publishes what the thread wrote, and what it has met at barriers, to other blocks.
+  void fence(const Accessor& who);
+
+ private:
+  struct History {                              // of two bytes
+    uint32_t written_in = 0, read_only_in = 0;  // launch numbers
+    int block = 0;
+    Stamp writer;
+    bool published = false;
+  };
+  struct FreeHistory {
+    void operator()(History* history) const { std::free(history); }
+  };
+  struct Allocation {
+    std::string name;
+    uintptr_t begin, end;
+    int access;
+    std::unique_ptr<History[], FreeHistory> history;  // only where access is kReadWrite; zero pages until touched
+  };
+  struct Unpublished {
+    Stamp writer;
+    History* history;
+  };
+
+  Allocation& find(const char* verb, const void* pointer, uint32_t bytes, Access access, const Site& site);
+  template <class Fn>
+  static void for_each(const Allocation& allocation, const void* pointer, uint32_t bytes, Fn fn);
+
+  std::map<uintptr_t, Allocation> allocations_;  // by begin
+  Allocation* last_ = nullptr;
+  uint32_t launch_ = 0;
+  std::map<int, std::vector<Unpublished>> unpublished_;  // by block
+};
+
+}  // namespace saw_int4::emulator

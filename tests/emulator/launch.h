@@ -1,0 +1,30 @@
+// csrc/common/launch.h for the emulator: the same launch(), run by the emulated machine.
+#pragma once
+
+#include <type_traits>
+
+#include "emulator/machine.h"
+
+namespace saw_int4 {
+
+using Stream = const void*;  // launches run at once
+
+template <typename... KernelArgs, typename... Args>
+void launch(const char* name, void (*kernel)(KernelArgs...), int grid, int block, int shared_bytes, Stream,
+            const Args&... args) {
+  emulator::machine().launch(name, grid, block, static_cast<uint32_t>(shared_bytes),
+                             [&] { kernel(static_cast<std::remove_cvref_t<KernelArgs>>(args)...); });
+}
+
+struct DeviceLimits {
+  int sm_count = 0;
+  int shared_bytes_per_sm = 0;
+  int shared_bytes_per_block = 0;
+};
+
+// An H100's, with few SMs, so that small grids exercise what a full machine does.
+inline DeviceLimits device_limits(int) {
+  return {emulator::machine().options().sm_count, 228 * 1024, static_cast<int>(emulator::kMaxSharedBytes)};
+}
+
+}  // namespace saw_int4

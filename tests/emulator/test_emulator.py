@@ -1,0 +1,266 @@
+"""The emulator itself: planted bugs are caught, and collectives and fragments are those of the PTX ISA manual."""
+
+import numpy as np
+import pytest
+
+from emulator import build
+
+LANES = range(32)
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return build.load_library("_emulator_selftest", (build.HERE / "selftest.cpp",))
+
+
+@pytest.fixture(
+    params=[("ascending", 1, 0), ("descending", 1, 0), ("shuffled", 1, 1), ("ascending", 3, 2), ("shuffled", 2, 3)],
+    ids=lambda p: f"{p[0]}-{p[1]}",
+)
+def schedule(emulator, request):
+    order, resident_blocks, seed = request.param
+    emulator.configure(order=order, resident_blocks=resident_blocks, seed=seed)
+    yield
+    emulator.configure()
+
+
+# Case -> what the error must say. A bug that shows in several ways, depending on who runs first, lists them.
+PLANTED = {
+    "missing_barrier": r"uninitialised shared memory|race in shared memory",
+    "missing_warp_sync": r"uninitialised shared memory|race in shared memory",
+    "shuffle_as_barrier": r"race in shared memory: byte \d+ is read, and was written by thread \d+",
+    "overwrite_while_read": r"race in shared memory",
+    "two_writers": r"race in shared memory: byte \d+ is written, and was written by thread",
+    "uninitialised_shared": r"thread 40 \(warp 1, lane 8\).*uninitialised shared memory: byte 160 was never written",
+    "half_initialised_shared": r"uninitialised shared memory: byte (2|130) was never written",
+    "read_before_wait": r"shared read before its wait: byte (0|128) is the target of a cp.async of thread (0|32) ",
+    "wait_one_group_short": r"shared read before its wait",
+    "wait_without_barrier": r"uninitialised shared memory|race in shared memory",
+    "refill_while_read": r"race in shared memory",
+    "copy_never_waited_for": r"exits with a cp.async that was never waited for",
+    "copy_source_changes": r"the source of a cp.async .* changed before its wait",
+    "mma_by_half_a_warp": r"at (warp_sync|mma_m16n8k16_f16), with lanes (0-15|16-31) waiting at (warp|mma)",
+    "global_read_out_of_bounds": r"thread 63 .*global read of 4 bytes out of bounds: .*768 bytes into in of 768 bytes",
+    "global_write_out_of_bounds": r"thread 0 .*global write of 4 bytes out of bounds: .*4 bytes before out",
+    "shared_out_of_bounds": r"shared write of 4 bytes out of bounds: offset 512 of 512 bytes",
+    "misaligned_global": r"thread 9 .*misaligned global read of 16 bytes",
+    "misaligned_shared": r"misaligned shared write of 8 bytes at offset (4|260),",
+    "half_warp_barrier": r"exits with lanes 0-15 of its warp waiting here at block_sync",
+    "one_warp_skips_barrier": r"warp \d exits with other warps of its block waiting here|block_sync after lanes 0-31",
+    "warps_at_different_barriers": r"divergent barrier: warp \d is here, with other warps waiting at",
+    "exit_before_barrier": r"thread 5 .*exits with lanes 0-4 of its warp waiting|after lane 5 .*exited",
+    "exit_before_shuffle": r"thread 63 .*exits with lanes 0-30 of its warp waiting here at shfl_idx",
+    "divergent_shuffle": r"divergence: lane \d+ is at shfl_xor, with lane \d+ waiting at shfl_xor",
+    "write_to_read_only": r"global write of in, which the kernel may not write",
+    "read_of_output": r"global read of out, which the kernel may not read",
+    "read_only_path_of_written": r"read-only path of memory that this launch writes",
+    "missing_barrier_global": r"race in global memory: .* with no barrier in between",
+    "missing_fence": r"race in global memory: .* without a thread_fence since",
+    "traps": r"block 1, thread 33 \(warp 1, lane 1\).*trap",
+}
+THREADS, BLOCKS = 64, 3
+
+
+def expected_output(name):
+    values = np.arange(BLOCKS * THREADS).reshape(BLOCKS, THREADS) + 1000
+    if name in ("missing_barrier", "wait_without_barrier", "refill_while_read", "missing_barrier_global"):
+        values = np.roll(values, -32, axis=1)
+    if name in ("missing_warp_sync", "shuffle_as_barrier"):
+        values = values[:, np.arange(THREADS) ^ 1]
+    return values.reshape(-1).tolist()
+
+
+def test_every_case_is_listed(emulator):
+    assert sorted(PLANTED) == emulator.case_names()
+
+
+@pytest.mark.parametrize("name", sorted(PLANTED))
+def test_planted_bug_is_caught(emulator, schedule, name):
+    with pytest.raises(emulator.EmulatorError, match=PLANTED[name]) as caught:
+        emulator.run(name, True)
+    assert str(caught.value).startswith(f"{name}, block ")
+    assert "tests/emulator/selftest.cpp:" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(PLANTED))
+def test_right_kernel_runs(emulator, schedule, name):
+    assert emulator.run(name, False) == expected_output(name)
+
+
+def test_a_failed_launch_leaves_the_emulator_usable(emulator):
+    with pytest.raises(emulator.EmulatorError):
+        emulator.run("read_before_wait", True)
+    assert emulator.run("read_before_wait", False) == expected_output("read_before_wait")
+
+
+def test_unknown_order_is_refused(emulator):
+    with pytest.raises(emulator.EmulatorError, match="block order is sideways, expected ascending"):
+        emulator.configure(order="sideways")
+
+
+# Fragments, as "Matrix Fragments for mma.m16n8k16 with floating point type" of the PTX ISA manual states them:
+# groupID = %laneid >> 2, threadID_in_group = %laneid % 4, element i of the fragment.
+def a_position(lane, i):
+    row = lane >> 2 if i in (0, 1, 4, 5) else (lane >> 2) + 8
+    column = (lane % 4) * 2 + (i & 1) if i < 4 else (lane % 4) * 2 + (i & 1) + 8
+    return row, column
+
+
+def b_position(lane, i):
+    row = (lane % 4) * 2 + (i & 1) if i < 2 else (lane % 4) * 2 + (i & 1) + 8
+    return row, lane >> 2
+
+
+def c_position(lane, i):
+    return (lane >> 2 if i < 2 else (lane >> 2) + 8), (lane % 4) * 2 + (i & 1)
+
+
+def bits16(values, bf16):
+    """Exactly representable float32 values as 16-bit patterns."""
+    if bf16:
+        return values.astype(np.float32).view(np.uint32) >> 16
+    return values.astype(np.float16).view(np.uint16).astype(np.uint32)
+
+
+def run_mma(emulator, a, b, c, bf16, lane_map=lambda lane: lane):
+    """Hand out fragments, run one warp, collect D."""
+    a_bits, b_bits = bits16(a, bf16), bits16(b, bf16)
+    c_bits = c.astype(np.float32).view(np.uint32)
+    words = []
+    for lane in LANES:
+        source = lane_map(lane)
+        halves = [a_bits[a_position(source, i)] for i in range(8)] + [b_bits[b_position(lane, i)] for i in range(4)]
+        words += [int(lo) | int(hi) << 16 for lo, hi in zip(halves[::2], halves[1::2])]
+        words += [int(c_bits[c_position(lane, i)]) for i in range(4)]
+    result = np.array(emulator.mma(words, bf16), np.uint32).view(np.float32).reshape(32, 4)
+    d = np.full((16, 8), np.nan, np.float32)
+    for lane in LANES:
+        for i in range(4):
+            d[c_position(lane, i)] = result[lane, i]
+    return d
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["f16", "bf16"])
+def test_mma_is_the_matrix_product(emulator, bf16):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a = rng.integers(-100, 100, (16, 16)).astype(np.float32) / 16
+        b = rng.integers(0, 16, (16, 8)).astype(np.float32)
+        c = rng.integers(-1000, 1000, (16, 8)).astype(np.float32)
+        np.testing.assert_array_equal(run_mma(emulator, a, b, c, bf16), a @ b + c)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["f16", "bf16"])
+def test_mma_sees_each_element_alone(emulator, bf16):
+    """A one at one place of A meets exactly one row of B: nothing is swapped in pairs that cancel."""
+    b = np.arange(1, 129, dtype=np.float32).reshape(16, 8)
+    for row in range(16):
+        for column in range(16):
+            a = np.zeros((16, 16), np.float32)
+            a[row, column] = 1
+            expected = np.zeros((16, 8), np.float32)
+            expected[row] = b[column]
+            np.testing.assert_array_equal(run_mma(emulator, a, b, np.zeros((16, 8)), bf16), expected)
+
+
+@pytest.mark.parametrize("swapped", [(0, 1), (3, 4), (0, 16), (30, 31)])
+def test_wrong_fragment_lane_changes_the_product(emulator, swapped):
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(1, 50, (16, 16)).astype(np.float32), rng.integers(1, 16, (16, 8)).astype(np.float32)
+    other = dict([swapped, swapped[::-1]])
+    d = run_mma(emulator, a, b, np.zeros((16, 8)), False, lambda lane: other.get(lane, lane))
+    assert not np.array_equal(d, a @ b)
+
+
+def test_mma_carries_nan_and_infinity(emulator):
+    a = np.zeros((16, 16), np.float32)
+    a[2, 3], a[5, 6] = np.nan, np.inf
+    d = run_mma(emulator, a, np.ones((16, 8), np.float32), np.zeros((16, 8)), True)
+    assert np.isnan(d[2]).all() and np.isposinf(d[5]).all() and np.isfinite(np.delete(d, [2, 5], axis=0)).all()
+
+
+def test_movmatrix_transposes(emulator):
+    matrix = np.arange(64, dtype=np.uint32).reshape(8, 8) * 1000 % 65521
+
+    def fragment(m):  # lane l holds elements 2*(l%4), 2*(l%4)+1 of row l/4
+        return [int(m[lane // 4, lane % 4 * 2]) | int(m[lane // 4, lane % 4 * 2 + 1]) << 16 for lane in LANES]
+
+    assert emulator.movmatrix(fragment(matrix)) == fragment(matrix.T)
+
+
+def test_shuffles_and_votes(emulator):
+    values = list(range(10, 74))
+    rows = np.array(emulator.collectives(values), np.uint32).reshape(64, 6)
+    for thread, row in enumerate(rows):
+        warp, lane = divmod(thread, 32)
+        first = 10 + 32 * warp
+        assert row.tolist() == [
+            first + (lane ^ 5),
+            first + (lane - 3 if lane >= 3 else lane),
+            first + lane * 7 % 32,
+            int(warp == 0),  # 40 is among the values of warp 0
+            0,
+            warp,
+        ]
+
+
+def test_every_fp16_pattern_to_float(emulator):
+    patterns = np.arange(65536, dtype=np.uint16)
+    with np.errstate(invalid="ignore"):
+        expected = patterns.view(np.float16).astype(np.float32)
+    got = np.array([emulator.half_to_float(int(bits)) for bits in patterns], np.float32)
+    np.testing.assert_array_equal(got, expected)
+    zeros = expected == 0
+    np.testing.assert_array_equal(np.signbit(got[zeros]), np.signbit(expected[zeros]))
+
+
+def adversarial_floats():
+    """Every fp16 value, the midpoints between neighbours, and their neighbours in fp32, both signs; random bits."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = ((halves[1:].astype(np.float64) + halves[:-1]) / 2).astype(np.float32)
+    edges = np.concatenate([middles, [65519.996, 65520.0, 65536.0, np.inf, 1e-45, 1e-30]]).astype(np.float32)
+    random = np.random.default_rng(2).integers(0, 2**32, 20000, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    near = [np.nextafter(edges, np.float32(0)), np.nextafter(edges, np.float32(np.inf))]
+    values = np.concatenate([halves[::7], edges[::5], near[0][::5], near[1][::5], edges[-10:], random])
+    values = values[~np.isnan(values)]
+    return np.concatenate([values, -values])
+
+
+def test_float_to_fp16_rounds_to_nearest_even(emulator):
+    values = adversarial_floats()
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16).view(np.uint16)
+    got = np.array([emulator.float_to_half(float(x)) for x in values], np.uint16)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_float_to_bf16_rounds_to_nearest_even(emulator):
+    import torch
+
+    values = adversarial_floats()
+    expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    got = np.array([emulator.float_to_bf16(float(x)) for x in values], np.uint16)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_nan_becomes_the_canonical_one(emulator):
+    assert emulator.float_to_half(float("nan")) == 0x7FFF
+    assert emulator.float_to_bf16(float("nan")) == 0x7FFF
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [(0x3210, 0x44332211), (0x7654, 0x88776655), (0x5140, 0x66225511), (0x0123, 0x11223344), (0x8C8C, 0x00FF00FF)],
+)
+def test_prmt(emulator, selector, expected):
+    # Bytes 0..3 come from a, 4..7 from b; bit 3 of a selector nibble replicates the byte's sign. 0x85 is negative.
+    b = 0x88776685 if selector == 0x8C8C else 0x88776655
+    assert emulator.prmt(0x44332211, b, selector) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.5, 0), (1.5, 2), (2.5, 2), (-0.5, 0), (-1.5, -2), (3e9, 2**31 - 1), (-3e9, -(2**31)), (float("nan"), 0)],
+)
+def test_round_to_int(emulator, value, expected):
+    assert emulator.round_to_int_rn(value) == expected

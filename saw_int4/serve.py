@@ -69,19 +69,21 @@ def show(url: str) -> dict:
     model = request(f"{url}/v1/models")["data"][0]["id"]
     body = chat_body(model)
     answer = request(f"{url}/v1/chat/completions", body)["choices"][0]["message"]["content"].strip()
-    cache = request(f"{url}/server_info").get("saw_int4")
+    info = request(f"{url}/server_info")
+    cache = info["internal_states"][0].get("kv_cache_format")
     if cache is None:
-        raise ServeError(f"{url}/server_info does not mention saw_int4: this server does not run an int4 KV cache")
-    bf16_tokens = cache["cache_bytes"] // cache["bf16_bytes_per_token"]
+        raise ServeError(f"{url}/server_info names no kv_cache_format: this server does not run an int4 KV cache")
+    tokens = info["max_total_num_tokens"]
+    bf16_tokens = cache["allocated_bytes"] // cache["bfloat16_bytes_per_token"]
     print(f"address   {url}")
     print(f"try       curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
     print(f"question  {QUESTION}")
     print(f"answer    {answer}")
-    print(f"format    {cache['description']}")
-    ratio = cache["tokens"] / bf16_tokens
-    print(f"capacity  {cache['tokens']} tokens; bfloat16 would hold {bf16_tokens} in the same bytes ({ratio:.2f}x)")
+    print(f"format    {cache['format']}")
+    ratio = tokens / bf16_tokens
+    print(f"capacity  {tokens} tokens; bfloat16 would hold {bf16_tokens} in the same bytes ({ratio:.2f}x)")
     sys.stdout.flush()
-    return {"answer": answer, "tokens": cache["tokens"], "bf16_tokens": bf16_tokens, "format": cache["description"]}
+    return {"answer": answer, "tokens": tokens, "bf16_tokens": bf16_tokens, "format": cache["format"]}
 
 
 def check(found: dict) -> None:

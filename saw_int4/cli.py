@@ -1,0 +1,33 @@
+"""Console script ``saw-int4``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from saw_int4 import env
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one sub-command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["serve"]:  # its flags are SGLang's, and parsed there
+        from saw_int4 import launch_server
+
+        launch_server.main(argv[1:])
+        return
+    parser = argparse.ArgumentParser(prog="saw-int4", description="A 4-bit KV cache for SGLang.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("serve", help="start SGLang's server (saw-int4 serve --help lists its flags)")
+    fmt = commands.add_parser("format", help="say what the cache of a model will hold")
+    fmt.add_argument("--head-dim", type=int, required=True)
+    args = parser.parse_args(argv)
+    if args.command == "format":
+        try:
+            print(env.resolve()[0].kv_format(args.head_dim).describe())
+        except ValueError as error:
+            parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The attention backend ``saw_int4``: every key and value is written as an INT4 row, and read back from it.
+
+The new tokens' own keys are read back too: a cold prompt, a chunked one and a prefix hit then do the same arithmetic,
+and agree bit by bit when their chunk boundaries do.
+"""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from saw_int4 import ops
+from saw_int4.sglang_plugin import prefill, verify
+from saw_int4.sglang_plugin.plan import LongRequest, Plan, plan_decode, plan_extend
+from saw_int4.sglang_plugin.pool import Int4KVPool, pools_of
+
+
+class Int4AttentionBackend(AttentionBackend):
+    """Decode and short extends through decode_attention, long extends through gather_kv and 16-bit attention."""
+
+    def __init__(self, model_runner) -> None:
+        super().__init__()
+        verify.pool(model_runner)
+        self.kv_pool = model_runner.token_to_kv_pool
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.page_size = model_runner.page_size
+        self.plan: Plan | None = None
+        self._layers: dict[int, tuple[Int4KVPool, int]] = {}  # checked layers: pool and index in it
+
+    # ---- metadata ------------------------------------------------------------------------------------------------
+
+    def init_forward_metadata(self, forward_batch) -> None:
+        mode = forward_batch.forward_mode
+        if mode.is_decode():
+            self.plan = plan_decode(forward_batch)
+        elif mode.is_extend() and not (mode.is_target_verify() or mode.is_draft_extend_v2()):
+            self.plan = plan_extend(forward_batch)
+        elif not mode.is_idle():
+            raise NotImplementedError(f"int4 KV cache: the backend does not serve forward mode {mode.name}.")
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def support_triton(self) -> bool:
+        return torch.cuda.is_available()
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+
+    def _forward(self, q, k, v, layer, forward_batch, save_kv_cache, *, sinks=None, **unknown):
+        unknown = [name for name, value in unknown.items() if value is not None]
+        if unknown:
+            raise NotImplementedError(
+                f"int4 KV cache: layer {layer.layer_id} passes {', '.join(unknown)} to attention, which the backend "
+                "does not know. Way out: use another --kv-cache-dtype for this model."
+            )
+        pool, local = self._layer(layer)
+        if save_kv_cache and k is not None:
+            self.kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
+        # Through the public getters: they wait for rows that are still being loaded.
+        rows = [buffer.view(torch.uint8) for buffer in self.kv_pool.get_kv_buffer(layer.layer_id)]
+
+        q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = torch.empty_like(q)
+        options = dict(
+            sm_scale=layer.scaling,
+            logit_cap=layer.logit_cap,
+            window=layer.sliding_window_size,
+            sinks=None if sinks is None else sinks.float(),
+        )
+        if self.plan.short is not None:
+            self._short(q, rows, out, pool, local, options)
+        for request in self.plan.long:
+            self._long(request, q, rows, out, pool, local, options)
+        out[self.plan.num_rows :] = 0
+        return out.view(out.shape[0], -1)
+
+    def _short(self, q, rows, out, pool: Int4KVPool, local: int, options: dict) -> None:
+        short, transform = self.plan.short, pool.transforms[local]
+        whole = short.rows is None
+        n = self.plan.num_rows
+        result = ops.decode_attention(
+            q[:n] if whole else q[short.rows],
+            *rows,
+            self.req_to_token_pool.req_to_token,
+            short.table_rows,
+            short.seq_lens,
+            short.q_indptr,
+            max_q_len=short.max_q_len,
+            page_size=self.page_size,
+            rotation_order=pool.format.rotation_order,
+            rotate_v=pool.format.rotate_v,
+            k_mean=transform.mean,
+            k_scale=transform.scale,
+            out=out[:n] if whole else None,
+            **options,
+        )
+        if not whole:
+            out[short.rows] = result
+
+    def _long(self, request: LongRequest, q, rows, out, pool: Int4KVPool, local: int, options: dict) -> None:
+        transform, order = pool.transforms[local], pool.format.rotation_order
+        q = q[request.start : request.end]
+        window = options["window"]
+        low = max(0, request.prefix_len - window) if window >= 0 else 0  # older keys are out of every row's sight
+        slots = self.req_to_token_pool.req_to_token[request.table_row, low : request.seq_len]
+        k, v = (q.new_empty(len(slots), pool.head_num, pool.head_dim) for _ in range(2))
+        ops.gather_kv(*rows, slots, k, v)
+        shift = None
+        if transform.mean is not None:
+            group = q.shape[1] // pool.head_num
+            shift = torch.einsum("thd,hd->th", q.float(), transform.mean.repeat_interleave(group, 0))
+        result = prefill.attend(
+            ops.transform_rows(q, rotation_order=order, mul=transform.scale),
+            k,
+            v,
+            first_position=request.prefix_len - low,
+            score_shift=shift,
+            **options,
+        )
+        if pool.format.rotate_v:
+            result = ops.transform_rows(result, rotation_order=order, out=result)
+        out[request.start : request.end] = result
+
+    # ---- layers --------------------------------------------------------------------------------------------------
+
+    def _layer(self, layer) -> tuple[Int4KVPool, int]:
+        """The pool that holds a layer and the layer's index in it; refuses layers we would compute wrongly."""
+        if layer.layer_id not in self._layers:
+            self._layers[layer.layer_id] = self._check_layer(layer)
+        return self._layers[layer.layer_id]
+
+    def _check_layer(self, layer) -> tuple[Int4KVPool, int]:
+        pool = pools_of(self.kv_pool)[0]
+        problem = None
+        if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
+            problem = "is not causal self-attention"
+        elif (layer.qk_head_dim, layer.v_head_dim) != (pool.head_dim, pool.head_dim):
+            problem = f"has head_dim {layer.qk_head_dim} and {layer.v_head_dim}, the pool {pool.head_dim}"
+        elif layer.tp_k_head_num != pool.head_num:
+            problem = f"has {layer.tp_k_head_num} KV heads, the pool {pool.head_num}"
+        elif layer.xai_temperature_len > 0:
+            problem = "scales its logits by position"
+        elif layer.logit_cap > 0 and layer.logit_capping_method != "tanh":
+            problem = f"caps its logits by {layer.logit_capping_method}"
+        if problem is not None:
+            raise NotImplementedError(
+                f"int4 KV cache: attention layer {layer.layer_id} {problem}. "
+                "Way out: use another --kv-cache-dtype for this model."
+            )
+        return pool, layer.layer_id - pool.start_layer

@@ -1,0 +1,14 @@
+"""Names that several modules of the plugin agree on."""
+
+from importlib.metadata import version
+
+KV_CACHE_DTYPE = "int4"  # the value of --kv-cache-dtype
+ATTENTION_BACKEND = "saw_int4"
+TESTED_SGLANG = ("0.5.21", "0.5.23")
+# Where the parent leaves the fingerprint of its options on the server arguments that its children receive.
+FINGERPRINT_ATTRIBUTE = "_saw_int4_fingerprint"
+
+
+def sglang_version() -> str:
+    """The installed SGLang. From its metadata: the platform is asked for while sglang is still being imported."""
+    return version("sglang")

@@ -1,0 +1,81 @@
+"""The KV pool of INT4 rows. A slot's row holds its parameters, so that whatever moves slots moves them too."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
+
+from saw_int4 import env, ops
+from saw_int4.format import KVFormat
+from saw_int4.sglang_plugin.quant_method import Int4KVMethod
+from saw_int4.sglang_plugin.transform import KeyTransform
+
+
+class Int4KVPool(MHATokenToKVPool):
+    """SGLang's multi-head KV pool over INT4 rows: ``k_buffer[layer]``, ``v_buffer[layer]`` uint8 [slots, H_kv, row].
+
+    The format comes from the options that the server's parent published, and is carried by ``quant_method``.
+    """
+
+    def __init__(self, *args, head_dim, v_head_dim=None, quant_method=None, post_capture_active=False, **kwargs):
+        if v_head_dim not in (None, head_dim):
+            raise ValueError(f"int4 KV cache: K head_dim {head_dim} and V head_dim {v_head_dim} differ.")
+        if quant_method is not None or post_capture_active:
+            raise ValueError("int4 KV cache: another quantization method, or post-capture sizing, is active.")
+        method = Int4KVMethod(env.published().kv_format(head_dim))
+        super().__init__(*args, head_dim=head_dim, quant_method=method, **kwargs)
+
+    @property
+    def format(self) -> KVFormat:
+        """What this pool's bytes mean."""
+        return self.quant_method.format
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in all of this pool's layers."""
+        return self.quant_method.compute_cell_size(self.head_num, self.head_dim, self.layer_num, 1)
+
+    @cached_property
+    def transforms(self) -> list[KeyTransform]:
+        """The key transform of each of this pool's layers."""
+        return [KeyTransform()] * self.layer_num
+
+    def rows(self, local_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V rows of one of this pool's layers, uint8 [slots, H_kv, row_bytes]."""
+        return self.k_buffer[local_layer], self.v_buffer[local_layer]
+
+    def _set_quantized_kv_buffer(
+        self, layer_id, global_layer_id, loc_info, cache_k, cache_v, k_scale=None, v_scale=None
+    ) -> None:
+        loc, _, _ = unwrap_write_loc(loc_info)
+        local = layer_id - self.start_layer
+        transform = self.transforms[local]
+        shape = (-1, self.head_num, self.head_dim)
+        ops.append_kv(
+            cache_k.view(shape),
+            cache_v.view(shape),
+            *self.rows(local),
+            loc,
+            rotation_order=self.format.rotation_order,
+            rotate_v=self.format.rotate_v,
+            k_mean=transform.mean,
+            k_inv_scale=transform.inv_scale,
+        )
+
+    def set_kv_buffer_prefix_valid(self, *args, **kwargs) -> None:
+        raise NotImplementedError("int4 KV cache: block-draft speculation (DFLASH) writes past the INT4 rows.")
+
+    def _init_kv_copy_and_warmup(self) -> None:
+        if torch.device(self.device).type == "cpu":  # the tiled copy is a Triton kernel
+            self.use_native_move_kv_cache = True
+            self._kv_copy_config = None
+            return
+        super()._init_kv_copy_and_warmup()
+
+
+def pools_of(kv_pool) -> list:
+    """The pools of layers inside a KV pool: itself, or the parts of a composite one (sliding window, hybrid)."""
+    parts = [getattr(kv_pool, name, None) for name in ("full_kv_pool", "swa_kv_pool")]
+    return [part for part in parts if part is not None and part.layer_num] or [kv_pool]

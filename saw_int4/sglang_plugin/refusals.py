@@ -1,0 +1,153 @@
+"""What the INT4 cache does not serve: each refused at start-up, with subject, reason and way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from saw_int4.env import Options
+from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One server argument that may not hold certain values."""
+
+    field: str
+    refused: Callable[[Any], bool]
+    reason: str
+    way_out: str
+
+
+def _on(value) -> bool:
+    return bool(value)
+
+
+def _parallel(value) -> bool:
+    return (value or 1) > 1
+
+
+_OTHER_POOL = "it replaces the KV pool by one that knows nothing of INT4 rows"
+
+REFUSALS = [
+    Refusal("enable_hierarchical_cache", _on, "the host tier does not know INT4 rows yet", "drop it"),
+    Refusal("enable_lmcache", _on, "LMCache copies KV in shapes of its own", "drop it"),
+    Refusal("enable_flexkv", _on, "FlexKV copies KV in shapes of its own", "drop it"),
+    Refusal("enable_unified_cache_external_linker", _on, "the external cache does not know INT4 rows", "drop it"),
+    Refusal(
+        "disaggregation_mode",
+        lambda v: v not in (None, "null"),
+        "prefill and decode servers do not compare their INT4 formats yet",
+        "serve both on one server",
+    ),
+    Refusal("speculative_algorithm", _on, "verification over INT4 rows is not supported yet", "drop it"),
+    Refusal("enable_unified_memory", _on, _OTHER_POOL, "drop it"),
+    Refusal("enable_page_major_kv_layout", _on, _OTHER_POOL, "drop it"),
+    Refusal("enable_hisparse", _on, _OTHER_POOL, "drop it"),
+    Refusal("enable_kv_cache_sharding", _on, _OTHER_POOL, "drop it"),
+    Refusal("prefill_only_disable_kv_cache", _on, "without a KV cache there is nothing to quantize", "drop either"),
+    Refusal("is_embedding", _on, "an embedding server keeps no KV cache worth quantizing", "drop int4"),
+    Refusal("dcp_size", _parallel, "decode context parallelism stores masked KV", "set it to 1"),
+    Refusal("attn_cp_size", _parallel, "context parallelism splits KV across ranks", "set it to 1"),
+    Refusal("enable_pdmux", _on, "its second attention backend was not tested", "drop it"),
+    Refusal("enable_two_batch_overlap", _on, "its split batches were not tested", "drop it"),
+    Refusal("dllm_algorithm", _on, "diffusion decoding rewrites KV of a block", "drop it"),
+    Refusal("enable_torch_compile", _on, "the attention backend was not tested under torch.compile", "drop it"),
+    Refusal("enable_deterministic_inference", _on, "SGLang allows it for backends of its own list only", "drop it"),
+    Refusal("kv_canary", lambda v: v not in (None, "none"), "the canary wraps SGLang's own pool classes", "drop it"),
+]
+
+
+def check(server_args, options: Options) -> None:
+    """ValueError for the first thing that the INT4 cache cannot serve."""
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    view = resolved_view(server_args)
+    for refusal in REFUSALS:
+        value = getattr(view, refusal.field, None)
+        if refusal.refused(value):
+            flag = "--" + refusal.field.replace("_", "-")
+            raise ValueError(
+                f"--kv-cache-dtype int4 and {flag} {value}: not supported together: {refusal.reason}. "
+                f"Way out: {refusal.way_out}, or use another --kv-cache-dtype."
+            )
+    check_dtype(server_args)
+    check_environment()
+    check_backends(server_args)
+    check_model(server_args, options)
+    check_kernels(view.device)
+
+
+def check_dtype(server_args) -> None:
+    """ValueError when SGLang decided on another cache than the one asked for."""
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    resolved = resolved_view(server_args).kv_cache_dtype
+    if resolved != KV_CACHE_DTYPE:
+        raise ValueError(
+            f"--kv-cache-dtype int4: SGLang changed it to {resolved!r} for this model. "
+            "Way out: use another --kv-cache-dtype."
+        )
+
+
+def check_environment() -> None:
+    """ValueError for variables of SGLang that change the pool's layout or its sizing."""
+    from sglang.srt.environ import envs
+
+    for name in ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_USE_HND_KVCACHE"):
+        if getattr(envs, name).get():
+            raise ValueError(f"--kv-cache-dtype int4: {name} is set, which lays KV out differently. Unset it.")
+
+
+def check_backends(server_args) -> None:
+    """ValueError unless prefill and decode both run on our backend: no other one can read INT4 rows."""
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+
+    names = attention_backends_of(resolved_view(server_args))
+    if set(names) != {ATTENTION_BACKEND}:
+        raise ValueError(
+            f"--kv-cache-dtype int4: the attention backends are prefill={names[0]} and decode={names[1]}, expected "
+            f"{ATTENTION_BACKEND} for both, the only one that reads INT4 rows. Way out: drop --attention-backend, "
+            "--prefill-attention-backend and --decode-attention-backend; int4 selects its own."
+        )
+
+
+def check_model(server_args, options: Options) -> None:
+    """ValueError for a model whose KV the rows cannot hold."""
+    from sglang.srt.arg_groups.overrides import model_config_of, use_mla_backend
+
+    model = model_config_of(server_args)
+    name = (model.hf_config.architectures or ["this model"])[0]
+    if use_mla_backend(server_args):
+        raise ValueError(
+            f"--kv-cache-dtype int4: {name} uses multi-head latent attention (MLA): it caches one compressed vector "
+            "per token, not keys and values per head. Way out: use --kv-cache-dtype fp8_e4m3 or auto."
+        )
+    if model.is_encoder_decoder:
+        raise ValueError(
+            f"--kv-cache-dtype int4: {name} has cross attention, which the INT4 backend does not serve. "
+            "Way out: use another --kv-cache-dtype."
+        )
+    if model.head_dim != model.v_head_dim:
+        raise ValueError(
+            f"--kv-cache-dtype int4: {name} has K head_dim {model.head_dim} and V head_dim {model.v_head_dim}, "
+            "expected equal ones. Way out: use another --kv-cache-dtype."
+        )
+    options.kv_format(model.head_dim)
+
+
+def check_kernels(device: str) -> None:
+    """ValueError when this build has no kernels for the device."""
+    from saw_int4 import ops  # noqa: F401  (registers the operators)
+
+    if torch.version.hip is not None:
+        raise ValueError("--kv-cache-dtype int4: ROCm stores K inside its fused RoPE kernel, past the INT4 rows.")
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("saw_int4::append_kv", key):
+        raise ValueError(
+            f"--kv-cache-dtype int4: this build of saw_int4 has no kernels for device {device!r}. "
+            "Way out: rebuild where nvcc is found (pip install --no-build-isolation .), or serve on CPU."
+        )

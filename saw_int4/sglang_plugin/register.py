@@ -1,0 +1,86 @@
+"""Puts the plugin into SGLang: one table of every seam, applied through SGLang's own extension points.
+
+SGLang logs a plugin's failure and carries on without it. A failure here is therefore remembered and raised, by
+``verify``, as soon as somebody asks for the INT4 cache; servers with another cache are left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE, sglang_version
+
+logger = logging.getLogger(__name__)
+
+_failures: list[str] = []
+_done = False
+
+
+def register_all() -> None:
+    """Register every seam once. Called in each SGLang process before it reads its arguments."""
+    global _done
+    if _done:
+        return
+    _done = True
+    try:
+        _register()
+    except Exception as error:  # noqa: BLE001  (whatever it was, int4 must refuse to start because of it)
+        logger.exception("saw_int4: registration failed; --kv-cache-dtype int4 will be refused")
+        _failures.append(f"{type(error).__name__}: {error}")
+
+
+def failures() -> list[str]:
+    """Why the plugin is not in place, one sentence each; empty when it is."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    missing = [target for target in hooks() if target not in HookRegistry._patched]
+    return _failures + [f"SGLang did not apply the hook on {target}" for target in missing]
+
+
+def hooks() -> dict[str, Callable]:
+    """Every function of SGLang that the plugin wraps, with its wrapper ``(original, *args, **kwargs)``."""
+    from saw_int4.sglang_plugin import pool_hooks, report, sizing, verify
+
+    configurator = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+    sizes = "sglang.srt.model_executor.pool_configurator"
+    scheduler = "sglang.srt.managers.scheduler.Scheduler"
+    table = {
+        "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype": pool_hooks.configure_kv_cache_dtype,
+        f"{configurator}._build_mha_kv_pool": pool_hooks.build_pool,
+        f"{configurator}._build_hybrid_swa_kv_pool": pool_hooks.build_pool,
+        f"{configurator}._build_hybrid_linear_kv_pool": pool_hooks.build_pool,
+        f"{sizes}.DefaultPoolConfigurator._compute_cell_size": sizing.cell_size,
+        f"{sizes}.HybridSWAPoolConfigurator.__init__": sizing.hybrid_swa,
+        f"{scheduler}.__init__": verify.scheduler_init,
+        f"{scheduler}.get_internal_state": report.internal_state,
+    }
+    if sglang_version() == "0.5.21":  # its out-of-tree platforms bypass the ordinary pool and allocator paths
+        table[f"{configurator}._build_oot_mha_kv_pool"] = pool_hooks.build_oot_pool
+        table["sglang.srt.utils.common.support_triton"] = pool_hooks.support_triton
+    return table
+
+
+def _register() -> None:
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
+    from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import KV_CACHE_QUANT_REGISTRY
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from saw_int4.sglang_plugin import server_args, verify
+    from saw_int4.sglang_plugin.quant_method import Int4KVMethod
+
+    server_args.register_hooks()  # first: it carries the refusal of everything that fails below
+    verify.tested_version()
+    server_args.extend_choices()
+    for target, wrapper in hooks().items():
+        verify.target_exists(target)
+        HookRegistry.register(target, wrapper, HookType.AROUND)
+    if ATTENTION_BACKEND not in ATTENTION_BACKENDS:
+        register_attention_backend(ATTENTION_BACKEND)(_make_backend)
+    KV_CACHE_QUANT_REGISTRY[KV_CACHE_DTYPE] = Int4KVMethod
+
+
+def _make_backend(model_runner):
+    from saw_int4.sglang_plugin.backend import Int4AttentionBackend
+
+    return Int4AttentionBackend(model_runner)

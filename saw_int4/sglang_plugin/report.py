@@ -1,0 +1,61 @@
+"""What a server says about its cache: one line at start-up, server info, and Prometheus."""
+
+from __future__ import annotations
+
+import logging
+
+from saw_int4.sglang_plugin.names import KV_CACHE_DTYPE
+from saw_int4.sglang_plugin.pool import pools_of
+
+logger = logging.getLogger(__name__)
+
+
+def describe(kv_pool) -> dict:
+    """The format and the sizes of a server's INT4 cache, for server info and metrics."""
+    parts = pools_of(kv_pool)
+    lead = parts[0]
+    return {
+        "dtype": KV_CACHE_DTYPE,
+        "format": lead.format.describe(),
+        "fingerprint": lead.format.fingerprint,
+        "row_bytes": lead.format.row_bytes,
+        "bits_per_element": lead.format.bits_per_element,
+        "capacity_ratio": lead.format.capacity_ratio,
+        "bytes_per_token": sum(p.bytes_per_token for p in parts),
+        "bfloat16_bytes_per_token": sum(2 * p.layer_num * p.head_num * p.head_dim * 2 for p in parts),
+        "allocated_bytes": sum(sum(p.get_kv_size_bytes()) for p in parts),
+    }
+
+
+def start(scheduler, model_runner) -> None:
+    """Log the format once, and export it when SGLang's metrics are on."""
+    info = describe(model_runner.token_to_kv_pool)
+    logger.info(
+        "saw_int4: serving [%s], %d tokens, %d bytes per token",
+        info["format"],
+        model_runner.max_total_num_tokens,
+        info["bytes_per_token"],
+    )
+    if scheduler.server_args.enable_metrics:
+        _export(info)
+
+
+def internal_state(original, self, recv_req):
+    """AROUND Scheduler.get_internal_state: ``/server_info`` gains the key ``kv_cache_format``."""
+    result = original(self, recv_req)
+    kv_pool = self.tp_worker.model_runner.token_to_kv_pool
+    if self.server_args.kv_cache_dtype == KV_CACHE_DTYPE:
+        result.internal_state["kv_cache_format"] = describe(kv_pool)
+    return result
+
+
+def _export(info: dict) -> None:
+    from prometheus_client import Gauge
+
+    labels = {"format": info["format"], "fingerprint": info["fingerprint"]}
+    Gauge(
+        "saw_int4_kv_bytes_per_token",
+        "Bytes of KV cache that one token takes on this rank.",
+        labelnames=list(labels),
+        multiprocess_mode="mostrecent",
+    ).labels(**labels).set(info["bytes_per_token"])

@@ -1,0 +1,96 @@
+"""SGLang's arguments: accept ``--kv-cache-dtype int4``, choose the attention backend, publish our options."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import get_type_hints
+
+from saw_int4 import env
+from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, FINGERPRINT_ATTRIBUTE, KV_CACHE_DTYPE
+
+logger = logging.getLogger(__name__)
+
+
+def extend_choices() -> None:
+    """Add our values to the two flags' choices, and prove by parsing that SGLang now takes them.
+
+    Raises:
+        RuntimeError: SGLang keeps its choices elsewhere than in the versions we know.
+    """
+    from sglang.srt.arg_groups import arg_utils
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.server_args import ServerArgs
+
+    hints = get_type_hints(ServerArgs, include_extras=True)
+    backends = _choices(hints["attention_backend"])
+    if ATTENTION_BACKEND not in backends:
+        add_attention_backend_choices([ATTENTION_BACKEND])
+    dtypes = _choices(hints["kv_cache_dtype"])
+    if KV_CACHE_DTYPE not in dtypes:
+        dtypes.append(KV_CACHE_DTYPE)
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    arg_utils.add_cli_args_from_dataclass(parser, ServerArgs, fields=["kv_cache_dtype", "attention_backend"])
+    argv = ["--kv-cache-dtype", KV_CACHE_DTYPE, "--attention-backend", ATTENTION_BACKEND]
+    try:
+        parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise RuntimeError(f"SGLang's parser still refuses {' '.join(argv)}: {error}") from error
+
+
+def _choices(hint) -> list[str]:
+    for metadata in hint.__metadata__:
+        choices = getattr(metadata, "choices", None)
+        if isinstance(choices, list):
+            return choices
+    raise RuntimeError(f"SGLang declares no list of choices where one was expected: {hint}")
+
+
+def register_hooks() -> None:
+    """Wrap three steps of SGLang's argument resolution, which runs in the process that starts the server."""
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    register_resolution_hook("handle_cpu_backends")(_choose_backend)
+    register_resolution_hook("handle_kv4_compatibility")(_accept_or_refuse)
+    # The last step that may still change a backend or the dtype.
+    register_resolution_hook("handle_model_capability_adjustments")(_recheck)
+
+
+def is_int4(server_args) -> bool:
+    """Whether the operator asked for the INT4 cache (the record is the operator's input, resolution leaves it be)."""
+    return server_args.kv_cache_dtype == KV_CACHE_DTYPE
+
+
+def _choose_backend(server_args, previous) -> None:
+    """An INT4 cache selects its backend by itself; before SGLang fills in the machine's default."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    if is_int4(server_args) and all(getattr(server_args, field) is None for field in fields):
+        declare_resolution(server_args, "saw_int4", attention_backend=ATTENTION_BACKEND)
+    previous(server_args)
+
+
+def _accept_or_refuse(server_args, previous) -> None:
+    """Refuse what cannot work, then publish the options for every process of this server."""
+    if is_int4(server_args):
+        from saw_int4.sglang_plugin import refusals, verify
+
+        verify.plugin_in_place()
+        options, notes = env.resolve()
+        for note in notes:
+            logger.warning("saw_int4: %s", note)
+        refusals.check(server_args, options)
+        env.publish(options)
+        setattr(server_args, FINGERPRINT_ATTRIBUTE, options.fingerprint)
+    previous(server_args)
+
+
+def _recheck(server_args, previous) -> None:
+    previous(server_args)
+    if is_int4(server_args):
+        from saw_int4.sglang_plugin import refusals
+
+        refusals.check_backends(server_args)
+        refusals.check_dtype(server_args)

@@ -7,7 +7,8 @@ namespace saw_int4::emulator {
 
 namespace {
 constexpr uint32_t kGranule = 2;  // bytes per History: the narrowest access of any kernel
-}
+constexpr int kBoth = static_cast<int>(Access::kReadWrite);
+}  // namespace
 
 void GlobalMemory::add(const std::string& name, const void* memory, int64_t bytes, Access access) {
   if (memory == nullptr || bytes <= 0) return;
@@ -28,7 +29,7 @@ void GlobalMemory::add(const std::string& name, const void* memory, int64_t byte
                   " in part; expected separate memory or the very same range");
     }
   }
-  if (allocation.access == static_cast<int>(Access::kReadWrite)) {
+  if ((allocation.access & kBoth) == kBoth) {
     const size_t granules = (end - begin) / kGranule + 2;
     allocation.history.reset(static_cast<History*>(std::calloc(granules, sizeof(History))));
     if (allocation.history == nullptr) throw std::bad_alloc();
@@ -82,7 +83,12 @@ void GlobalMemory::read(void* to, const void* from, uint32_t bytes, bool read_on
   const Allocation& allocation = find("read", from, bytes, Access::kRead, site);
   for_each(allocation, from, bytes, [&](History& history, uintptr_t at) {
     if (read_only_path) history.read_only_in = launch_;
-    if (history.written_in != launch_) return;
+    if (history.written_in != launch_) {
+      if (allocation.access == static_cast<int>(Access::kScratch)) {
+        fail(site, text("read of byte ", at, " of ", allocation.name, ", which this launch has not written"));
+      }
+      return;
+    }
     const auto writer = [&] {
       return text("byte ", at, " of ", allocation.name, " was written by block ", history.block, ", ",
                   name_thread(history.writer.thread()));

@@ -18,7 +18,8 @@
 
 namespace saw_int4::emulator {
 
-enum class Access { kRead = 1, kWrite = 2, kReadWrite = 3 };
+// kScratch: read and written, but what it holds before the launch means nothing (atomics excepted).
+enum class Access { kRead = 1, kWrite = 2, kReadWrite = 3, kScratch = 7 };
 
 // Who is accessing: a thread of a block, with the block's clocks.
 struct Accessor {
@@ -58,7 +59,7 @@ class GlobalMemory {
     std::string name;
     uintptr_t begin, end;
     int access;
-    std::unique_ptr<History[], FreeHistory> history;  // only where access is kReadWrite; zero pages until touched
+    std::unique_ptr<History[], FreeHistory> history;  // where both read and written; zero pages until touched
   };
   struct Unpublished {
     Stamp writer;

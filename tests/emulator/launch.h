@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "common/device_limits.h"
 #include "emulator/machine.h"
 
 namespace saw_int4 {
@@ -15,12 +16,6 @@ void launch(const char* name, void (*kernel)(KernelArgs...), int grid, int block
   emulator::machine().launch(name, grid, block, static_cast<uint32_t>(shared_bytes),
                              [&] { kernel(static_cast<std::remove_cvref_t<KernelArgs>>(args)...); });
 }
-
-struct DeviceLimits {
-  int sm_count = 0;
-  int shared_bytes_per_sm = 0;
-  int shared_bytes_per_block = 0;
-};
 
 // An H100's, with few SMs, so that small grids exercise what a full machine does.
 inline DeviceLimits device_limits(int) {

@@ -290,6 +290,13 @@ SAW_INT4_KERNEL missing_barrier_global(Params p) {
   output(p, ld_global_coherent(block + (t + 32) % kThreads));
 }
 
+template <bool kPlanted>
+SAW_INT4_KERNEL stale_workspace(Params p) {
+  uint32_t* mine = p.workspace + 1 + block_index() * kThreads + thread_index();
+  if (!kPlanted || thread_index() != 7) st_global(mine, input(p, thread_index()));
+  output(p, ld_global_coherent(mine));
+}
+
 // The last block to arrive finishes for all: partials, barrier, fence, count; then the last one reads everything.
 template <bool kPlanted>
 SAW_INT4_KERNEL missing_fence(Params p) {
@@ -354,6 +361,7 @@ const std::map<std::string, Case> kCases = {CASE(missing_barrier),
                                             CASE(read_only_path_of_written),
                                             CASE(missing_barrier_global),
                                             CASE(missing_fence),
+                                            CASE(stale_workspace),
                                             CASE(traps)};
 #undef CASE
 
@@ -374,7 +382,7 @@ std::vector<uint32_t> run(const std::string& name, bool planted) {
   for (int i = 0; i < kWords; ++i) in[i] = 1000 + i;
   Registered registered({{"in", in, 4 * kWords, Access::kRead},
                          {"out", out, 4 * kWords, Access::kWrite},
-                         {"workspace", workspace, 4 * (kWords + 1), Access::kReadWrite}});
+                         {"workspace", workspace, 4 * (kWords + 1), Access::kScratch}});
   launch(name.c_str(), planted ? kernels.planted : kernels.right, kBlocks, kThreads, 2 * kThreads * 4, nullptr,
          Params{in, out, workspace});
   return {out, out + kWords};

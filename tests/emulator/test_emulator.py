@@ -54,8 +54,9 @@ PLANTED = {
     "write_to_read_only": r"global write of in, which the kernel may not write",
     "read_of_output": r"global read of out, which the kernel may not read",
     "read_only_path_of_written": r"read-only path of memory that this launch writes",
-    "missing_barrier_global": r"race in global memory: .* with no barrier in between",
+    "missing_barrier_global": r"race in global memory: .* with no barrier in between|has not written",
     "missing_fence": r"race in global memory: .* without a thread_fence since",
+    "stale_workspace": r"thread 7 .*read of byte \d+ of workspace, which this launch has not written",
     "traps": r"block 1, thread 33 \(warp 1, lane 1\).*trap",
 }
 THREADS, BLOCKS = 64, 3

@@ -1,6 +1,8 @@
 // saw_int4._C: loading it registers the operators; its functions are the format's twin for tests and sizing.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "cpu/kernels.h"
 #include "format.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -14,4 +16,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("offset_byte", &saw_int4::offset_byte);
   m.def("word_of_channel", &saw_int4::word_of_channel);
   m.def("bit_of_channel", &saw_int4::bit_of_channel);
+  m.def("cpu_isas", &saw_int4::cpu_isas, "Instruction sets that this machine can run, widest first.");
+  m.def("cpu_isa", [] { return saw_int4::cpu_kernels().isa; }, "The instruction set in use.");
+  m.def("set_cpu_isa", &saw_int4::set_cpu_isa, "Choose the instruction set, for tests and benchmarks.");
 }

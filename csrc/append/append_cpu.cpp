@@ -3,7 +3,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
-#include "cpu/row.h"
+#include "cpu/kernels.h"
 
 namespace saw_int4 {
 namespace {
@@ -16,22 +16,10 @@ void append_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cac
     TORCH_CHECK(p.slots[t] < p.num_slots, "append_kv: slots[", t, "] is ", p.slots[t], ", expected less than the ",
                 p.num_slots, " slots of the cache, or negative to skip the token");
   }
-  const int64_t row = row_bytes(p.head_dim);
-  at::parallel_for(0, p.num_tokens * p.num_kv_heads, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> x(p.head_dim);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = i / p.num_kv_heads, h = i % p.num_kv_heads, slot = p.slots[t];
-      if (slot < 0) continue;
-      const int64_t calibrated = h * p.head_dim;
-      const TransformParams& tr = p.transform;
-      load_row(p.k, t * p.k_token_stride + h * p.head_dim, p.dtype, p.head_dim, x.data());
-      transform_row(x.data(), p.head_dim, tr.rotation_order, tr.k_mean ? tr.k_mean + calibrated : nullptr,
-                    tr.k_inv_scale ? tr.k_inv_scale + calibrated : nullptr);
-      quantize_row(x.data(), p.head_dim, p.k_cache + (slot * p.num_kv_heads + h) * row);
-      load_row(p.v, t * p.v_token_stride + h * p.head_dim, p.dtype, p.head_dim, x.data());
-      transform_row(x.data(), p.head_dim, tr.rotate_v ? tr.rotation_order : 1, nullptr, nullptr);
-      quantize_row(x.data(), p.head_dim, p.v_cache + (slot * p.num_kv_heads + h) * row);
-    }
+  const CpuKernels& kernels = cpu_kernels();
+  at::parallel_for(0, p.num_tokens * p.num_kv_heads, 64, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(p.head_dim + p.head_dim / 4);
+    kernels.append_rows(p, begin, end, scratch.data());
   });
 }
 

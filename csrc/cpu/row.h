@@ -1,96 +1,149 @@
-// One row of D channels on the CPU: load, transform, quantize, dequantize, store. The bit-exact specification.
+// One row of D channels: load, transform, quantize, dequantize, store. The bit-exact specification, N lanes at a
+// time: format.h states every rounding. Included once per kernels_cpu_*.cpp, after simd.h.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+namespace saw_int4::SAW_INT4_ISA {
 
-#include <cmath>
-#include <cstring>
-
-#include "format.h"
-#include "params.h"
-
-namespace saw_int4 {
-
-inline void load_row(const void* base, int64_t index, DType dtype, int head_dim, float* t) {
-  for (int c = 0; c < head_dim; ++c) {
-    if (dtype == DType::kFloat32)
-      t[c] = static_cast<const float*>(base)[index + c];
-    else if (dtype == DType::kFloat16)
-      t[c] = static_cast<const c10::Half*>(base)[index + c];
-    else
-      t[c] = static_cast<const c10::BFloat16*>(base)[index + c];
+SAW_INT4_INLINE void load_row(const void* base, int64_t index, DType dtype, int head_dim, float* t) {
+  if (dtype == DType::kFloat32) {
+    __builtin_memcpy(t, static_cast<const float*>(base) + index, 4 * head_dim);
+    return;
+  }
+  const uint16_t* x = static_cast<const uint16_t*>(base) + index;
+  for (int c = 0; c < head_dim; c += N) {
+    const H h = load<H>(x + c);
+    store(t + c, dtype == DType::kFloat16 ? from_half(h) : from_bfloat16(h));
   }
 }
 
-inline void store_row(void* base, int64_t index, DType dtype, int head_dim, const float* t) {
-  for (int c = 0; c < head_dim; ++c) {
-    if (dtype == DType::kFloat32)
-      static_cast<float*>(base)[index + c] = t[c];
-    else if (dtype == DType::kFloat16)
-      static_cast<c10::Half*>(base)[index + c] = t[c];
-    else
-      static_cast<c10::BFloat16*>(base)[index + c] = t[c];
+SAW_INT4_INLINE void store_row(void* base, int64_t index, DType dtype, int head_dim, const float* t) {
+  if (dtype == DType::kFloat32) {
+    __builtin_memcpy(static_cast<float*>(base) + index, t, 4 * head_dim);
+    return;
+  }
+  uint16_t* y = static_cast<uint16_t*>(base) + index;
+  for (int c = 0; c < head_dim; c += N) {
+    const F x = load<F>(t + c);
+    store(y + c, dtype == DType::kFloat16 ? to_half(x) : to_bfloat16(x));
   }
 }
 
-inline void transform_row(float* t, int head_dim, int order, const float* mean, const float* mul) {
-  for (int c = 0; c < head_dim; ++c) {
-    if (mean != nullptr) t[c] = t[c] - mean[c];
-    if (mul != nullptr) t[c] = t[c] * mul[c];
-  }
+// (lo, hi) <- (lo + hi, lo - hi) for lanes kStride apart.
+template <int kStride, int... kLane>
+SAW_INT4_INLINE F butterfly(F v, std::integer_sequence<int, kLane...>) {
+  const F other = __builtin_shufflevector(v, v, (kLane ^ kStride)...);
+  const U negate = {((kLane & kStride) ? 0x80000000u : 0u)...};
+  return (F)((U)v ^ negate) + other;
+}
+template <int kStride>
+SAW_INT4_INLINE F butterfly(F v) {
+  return butterfly<kStride>(v, std::make_integer_sequence<int, N>{});
+}
+
+SAW_INT4_INLINE void hadamard_row(float* t, int head_dim, int order) {
   if (order <= 1) return;
-  for (int stride = 1; stride < order; stride *= 2) {
-    for (int c = 0; c < head_dim; ++c) {
-      if (c & stride) continue;
-      const float lo = t[c], hi = t[c + stride];
-      t[c] = lo + hi;
-      t[c + stride] = lo - hi;
+  for (int c = 0; c < head_dim; c += N) {
+    F v = butterfly<1>(load<F>(t + c));
+    if (order > 2) v = butterfly<2>(v);
+    if constexpr (N > 4) {
+      if (order > 4) v = butterfly<4>(v);
     }
+    if constexpr (N > 8) {
+      if (order > 8) v = butterfly<8>(v);
+    }
+    store(t + c, v);
   }
-  const float norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(order)));
-  for (int c = 0; c < head_dim; ++c) t[c] = t[c] * norm;
-}
-
-inline void quantize_row(const float* t, int head_dim, uint8_t* row) {
-  float low = t[0], high = t[0];
-  bool finite = true;
-  for (int c = 0; c < head_dim; ++c) {
-    low = t[c] < low ? t[c] : low;
-    high = t[c] > high ? t[c] : high;
-    finite = finite && std::isfinite(t[c]);
-  }
-  const c10::Half scale16 = (high - low) / 15.f;
-  const c10::Half offset16 = low + 0.f;
-  const float scale = scale16, offset = offset16;
-  std::memset(row, 0, code_bytes(head_dim));
-  uint16_t params[2] = {scale16.x, offset == 0.f ? uint16_t{0} : offset16.x};
-  if (!finite || !std::isfinite(scale) || !std::isfinite(offset)) {
-    params[0] = params[1] = kNanParam;
-  } else if (scale != 0.f) {
-    const float inverse = 1.f / scale;
-    for (int w = 0; w < head_dim / kCodesPerWord; ++w) {
-      uint32_t word = 0;
-      for (int c = w * kCodesPerWord; c < (w + 1) * kCodesPerWord; ++c) {
-        float x = (t[c] - offset) * inverse;
-        x = x < 0.f ? 0.f : x > 15.f ? 15.f : x;
-        word |= static_cast<uint32_t>(std::nearbyint(x)) << bit_of_channel(c);
+  for (int stride = N; stride < order; stride *= 2) {
+    for (int block = 0; block < head_dim; block += 2 * stride) {
+      for (int c = block; c < block + stride; c += N) {
+        const F lo = load<F>(t + c), hi = load<F>(t + c + stride);
+        store(t + c, lo + hi);
+        store(t + c + stride, lo - hi);
       }
-      std::memcpy(row + 4 * w, &word, 4);
     }
   }
-  std::memcpy(row + scale_byte(head_dim), params, 4);
+  const F norm = splat(static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(order))));
+  for (int c = 0; c < head_dim; c += N) store(t + c, load<F>(t + c) * norm);
 }
 
-inline void dequantize_row(const uint8_t* row, int head_dim, float* t) {
-  c10::Half params[2];
-  std::memcpy(params, row + scale_byte(head_dim), 4);
-  const float scale = params[0], offset = params[1];
-  for (int c = 0; c < head_dim; ++c) {
-    uint32_t word;
-    std::memcpy(&word, row + 4 * word_of_channel(c), 4);
-    t[c] = scale * static_cast<float>((word >> bit_of_channel(c)) & 15u) + offset;
+// t <- H_R((t - mean) * mul); mean and mul may be null.
+SAW_INT4_INLINE void transform_row(float* t, int head_dim, int order, const float* mean, const float* mul) {
+  if (mean != nullptr) {
+    for (int c = 0; c < head_dim; c += N) store(t + c, load<F>(t + c) - load<F>(mean + c));
+  }
+  if (mul != nullptr) {
+    for (int c = 0; c < head_dim; c += N) store(t + c, load<F>(t + c) * load<F>(mul + c));
+  }
+  hadamard_row(t, head_dim, order);
+}
+
+// Codes of 8 channels, a byte each, to their word: even channels to the low half, odd ones to the high half.
+SAW_INT4_INLINE uint32_t pack_word(uint64_t bytes) {
+  uint64_t even = bytes & 0x000f000f000f000fu, odd = (bytes >> 8) & 0x000f000f000f000fu;
+  even = (even | even >> 12) & 0x000000ff000000ffu;
+  odd = (odd | odd >> 12) & 0x000000ff000000ffu;
+  even = (even | even >> 24) & 0xffffu;
+  odd = (odd | odd >> 24) & 0xffffu;
+  return static_cast<uint32_t>(even | odd << 16);
+}
+
+// t [D], transformed -> row [row_bytes(D)]. codes [D]: scratch.
+SAW_INT4_INLINE void quantize_row(const float* t, int head_dim, uint8_t* codes, uint8_t* row) {
+  F lows = load<F>(t), highs = lows;
+  I damaged{};
+  for (int c = 0; c < head_dim; c += N) {
+    const F x = load<F>(t + c);
+    lows = min(x, lows);
+    highs = max(x, highs);
+    damaged |= ((U)x & 0x7f800000u) == 0x7f800000u;
+  }
+  int32_t any_damage = 0;
+  for (int l = 0; l < N; ++l) any_damage |= damaged[l];
+  const float low = lane_min(lows), high = lane_max(highs);
+  uint16_t params[2] = {to_half((high - low) / 15.f), to_half(low)};
+  if ((params[1] & 0x7fffu) == 0) params[1] = 0;  // one zero, or equal rows could differ in bytes
+  const bool overflow = (params[0] & 0x7c00u) == 0x7c00u || (params[1] & 0x7c00u) == 0x7c00u;
+  if (any_damage || overflow) params[0] = params[1] = kNanParam;
+  if (any_damage || overflow || params[0] == 0) {
+    __builtin_memset(row, 0, code_bytes(head_dim));
+  } else {
+    const F offset = splat(from_half(params[1])), inverse = splat(1.f / from_half(params[0]));
+    for (int c = 0; c < head_dim; c += N) {
+      F x = (load<F>(t + c) - offset) * inverse;
+      // Clamping first gives the same codes, and lets 1.5 * 2^23 do the rounding: half to even, in the low bits.
+      x = min(max(x, F{}), splat(static_cast<float>(kCodeMax))) + splat(12582912.f);
+      store(codes + c, __builtin_convertvector((U)x & 15u, B));
+    }
+    for (int w = 0; w < head_dim / kCodesPerWord; ++w) {
+      const uint32_t word = pack_word(load<uint64_t>(codes + kCodesPerWord * w));
+      store(row + 4 * w, word);
+    }
+  }
+  __builtin_memcpy(row + scale_byte(head_dim), params, sizeof(params));
+}
+
+// The word of every one of N consecutive channels from c, and its bit there.
+SAW_INT4_INLINE U words_of_channels(const uint8_t* row, int c) {
+  const U first = splat(load<uint32_t>(row + 4 * word_of_channel(c)));
+  if constexpr (N <= kCodesPerWord) {
+    return first;
+  } else {
+    const U second = splat(load<uint32_t>(row + 4 * word_of_channel(c + kCodesPerWord)));
+    I lane;
+    for (int l = 0; l < N; ++l) lane[l] = l;
+    return lane < kCodesPerWord ? first : second;
   }
 }
 
-}  // namespace saw_int4
+// row [row_bytes(D)] -> t [D], still transformed.
+SAW_INT4_INLINE void dequantize_row(const uint8_t* row, int head_dim, float* t) {
+  const F scale = splat(from_half(load<uint16_t>(row + scale_byte(head_dim))));
+  const F offset = splat(from_half(load<uint16_t>(row + offset_byte(head_dim))));
+  for (int c = 0; c < head_dim; c += N) {
+    U bit;
+    for (int l = 0; l < N; ++l) bit[l] = bit_of_channel((c + l) % kCodesPerWord);
+    store(t + c, scale * saw_int4::SAW_INT4_ISA::codes(words_of_channels(row, c) >> bit) + offset);
+  }
+}
+
+}  // namespace saw_int4::SAW_INT4_ISA

@@ -1,15 +1,97 @@
-// decode_attention on the CPU.
+// decode_attention on the CPU: checks values, cuts the work, runs the kernels of the chosen instruction set.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "checks.h"
-#include "cpu/row.h"
+#include "cpu/kernels.h"
 
 namespace saw_int4 {
 namespace {
+
+int64_t first_row(const DecodeParams& p, int b) {
+  return p.q_indptr ? p.q_indptr[b] : int64_t{b} * p.max_q_len;
+}
+int64_t end_row(const DecodeParams& p, int b) {
+  return p.q_indptr ? p.q_indptr[b + 1] : first_row(p, b + 1);
+}
+
+// Tokens that the rows row_begin .. row_end - 1 of request b may see: [begin, end).
+std::pair<int64_t, int64_t> token_range(const DecodeParams& p, int b, int64_t row_begin, int64_t row_end) {
+  const int64_t shift = p.seq_lens[b] - end_row(p, b);  // position = row + shift
+  const bool by_position = p.tree_mask == nullptr || p.window >= 0;
+  const int64_t end = by_position ? std::max<int64_t>(0, row_end + shift) : p.seq_lens[b];
+  const int64_t begin = p.window < 0 ? 0 : std::clamp<int64_t>(row_begin + shift - p.window, 0, end);
+  return {begin, end};
+}
+
+void check_values(const DecodeParams& p, int64_t table_rows, int64_t table_width, int64_t num_rows) {
+  for (int b = 0; b < p.num_requests; ++b) {
+    TORCH_CHECK(p.table_rows[b] >= 0 && p.table_rows[b] < table_rows, "decode_attention: table_rows[", b, "] is ",
+                p.table_rows[b], ", expected 0 .. ", table_rows - 1, ", the rows of slot_table");
+    TORCH_CHECK(p.seq_lens[b] >= 0 && p.seq_lens[b] <= table_width, "decode_attention: seq_lens[", b, "] is ",
+                p.seq_lens[b], ", expected 0 .. ", table_width, ", the width of slot_table");
+    const int64_t first = first_row(p, b), end = end_row(p, b);
+    TORCH_CHECK(first >= 0 && first <= end && end <= num_rows && end - first <= p.max_q_len,
+                "decode_attention: q_indptr[", b, "] .. [", b + 1, "] is ", first, " .. ", end,
+                ", expected 0 to max_q_len ", p.max_q_len, " rows among the ", num_rows, " of q");
+    if (first == end) continue;
+    const auto [begin, token_end] = token_range(p, b, first, end);
+    const int32_t* const slots = p.slot_table + p.table_rows[b] * p.table_stride;
+    bool valid = true;
+    for (int64_t t = begin; t < token_end; ++t) valid &= slots[t] >= 0 && slots[t] < p.num_slots;
+    if (valid) continue;
+    const int32_t* const bad =
+        std::find_if(slots + begin, slots + token_end, [&](int32_t slot) { return slot < 0 || slot >= p.num_slots; });
+    TORCH_CHECK(false, "decode_attention: slot_table[", p.table_rows[b], ", ", bad - slots, "] is ", *bad,
+                ", expected 0 .. ", p.num_slots - 1, ", the slots of the cache");
+  }
+}
+
+struct Plan {
+  std::vector<DecodeChunk> chunks;
+  std::vector<DecodeRows> rows;
+  int64_t partial_rows = 0;
+  int64_t max_rows = 0;  // query rows of one KV head in any chunk
+};
+
+// Few query rows: short chunks, so that one request fills many cores. Many: longer ones, as partial results would
+// outgrow the cache that they stand for; the rows themselves are cut too.
+Plan make_plan(const DecodeParams& p) {
+  constexpr int64_t kRowsPerCut = 128;  // times head_dim floats of results: stays in L2
+  const int64_t group = p.num_q_heads / p.num_kv_heads;
+  const int64_t rows_per_cut = std::max<int64_t>(1, kRowsPerCut / group);
+  Plan plan;
+  for (int b = 0; b < p.num_requests; ++b) {
+    const int64_t first = first_row(p, b), end = end_row(p, b);
+    const int64_t chunk_tokens = end - first <= 8 ? 256 : 4096;
+    for (int64_t row = first; row < end; row += rows_per_cut) {
+      const int64_t row_end = std::min(end, row + rows_per_cut);
+      const auto [token_begin, token_end] = token_range(p, b, row, row_end);
+      DecodeRows rows{row, row_end, static_cast<int64_t>(plan.chunks.size()), 0};
+      for (int64_t t = token_begin; t < token_end; t = (t / chunk_tokens + 1) * chunk_tokens) {
+        DecodeChunk chunk;
+        chunk.request = b;
+        chunk.row_begin = row;
+        chunk.row_end = row_end;
+        chunk.first_new = p.seq_lens[b] - (end - first);
+        chunk.request_row_begin = first;
+        chunk.token_begin = t;
+        chunk.token_end = std::min(token_end, (t / chunk_tokens + 1) * chunk_tokens);
+        chunk.partial_row = plan.partial_rows;
+        plan.chunks.push_back(chunk);
+        plan.partial_rows += (row_end - row) * p.num_q_heads;
+        ++rows.num_chunks;
+      }
+      plan.rows.push_back(rows);
+      plan.max_rows = std::max(plan.max_rows, (row_end - row) * group);
+    }
+  }
+  return plan;
+}
 
 void decode_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                       const at::Tensor& slot_table, const at::Tensor& table_rows, const at::Tensor& seq_lens,
@@ -21,72 +103,35 @@ void decode_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::
   const DecodeParams p = decode_params(q, k_cache, v_cache, slot_table, table_rows, seq_lens, q_indptr, out, lse,
                                        workspace, max_q_len, page_size, sm_scale, rotation_order, rotate_v, k_mean,
                                        k_scale, logit_cap, window, sinks, tree_mask);
-  for (int b = 0; b < p.num_requests; ++b) {
-    TORCH_CHECK(p.table_rows[b] >= 0 && p.table_rows[b] < slot_table.size(0), "decode_attention: table_rows[", b,
-                "] is ", p.table_rows[b], ", expected 0 .. ", slot_table.size(0) - 1, ", the rows of slot_table");
-    TORCH_CHECK(p.seq_lens[b] >= 0 && p.seq_lens[b] <= slot_table.size(1), "decode_attention: seq_lens[", b, "] is ",
-                p.seq_lens[b], ", expected 0 .. ", slot_table.size(1), ", the width of slot_table");
-    if (p.q_indptr != nullptr) {
-      const int64_t rows = p.q_indptr[b + 1] - p.q_indptr[b];
-      TORCH_CHECK(p.q_indptr[b] >= 0 && p.q_indptr[b + 1] <= q.size(0) && rows >= 0 && rows <= p.max_q_len,
-                  "decode_attention: q_indptr[", b, "] .. [", b + 1, "] is ", p.q_indptr[b], " .. ", p.q_indptr[b + 1],
-                  ", expected 0 to max_q_len ", p.max_q_len, " rows of the ", q.size(0), " of q");
-    }
-    for (int64_t t = 0; t < p.seq_lens[b]; ++t) {
-      const int32_t slot = p.slot_table[p.table_rows[b] * p.table_stride + t];
-      TORCH_CHECK(slot >= 0 && slot < p.num_slots, "decode_attention: slot_table[", p.table_rows[b], ", ", t, "] is ",
-                  slot, ", expected 0 .. ", p.num_slots - 1, ", the slots of the cache");
-    }
-  }
-  const int group = p.num_q_heads / p.num_kv_heads;
-  const int64_t row = row_bytes(p.head_dim);
-  const TransformParams& tr = p.transform;
-  at::parallel_for(0, static_cast<int64_t>(p.num_requests) * p.num_q_heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> query(p.head_dim), x(p.head_dim), acc(p.head_dim);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / p.num_q_heads, hq = item % p.num_q_heads, h = hq / group;
-      const int64_t first = p.q_indptr ? p.q_indptr[b] : b * p.max_q_len;
-      const int64_t n = p.q_indptr ? p.q_indptr[b + 1] - first : p.max_q_len;
-      const int64_t first_new = p.seq_lens[b] - n;
-      for (int64_t i = 0; i < n; ++i) {
-        load_row(p.q, (first + i) * p.q_token_stride + hq * p.head_dim, p.dtype, p.head_dim, query.data());
-        float mean_score = 0.f;
-        for (int c = 0; c < p.head_dim && tr.k_mean; ++c) mean_score += query[c] * tr.k_mean[h * p.head_dim + c];
-        transform_row(query.data(), p.head_dim, tr.rotation_order, nullptr,
-                      tr.k_scale ? tr.k_scale + h * p.head_dim : nullptr);
-        std::fill(acc.begin(), acc.end(), 0.f);
-        float top = -INFINITY, sum = 0.f;
-        if (p.sinks) {
-          top = p.sinks[hq];
-          sum = 1.f;
-        }
-        const int64_t position = first_new + i;
-        for (int64_t t = 0; t < p.seq_lens[b]; ++t) {
-          bool seen = p.tree_mask && t >= first_new ? (p.tree_mask[first + i] >> (t - first_new)) & 1 : true;
-          if (!p.tree_mask || p.window >= 0) seen = seen && t <= position;
-          if (p.window >= 0) seen = seen && t >= position - p.window;
-          if (!seen) continue;
-          const int64_t slot = p.slot_table[p.table_rows[b] * p.table_stride + t];
-          dequantize_row(p.k_cache + (slot * p.num_kv_heads + h) * row, p.head_dim, x.data());
-          float score = mean_score;
-          for (int c = 0; c < p.head_dim; ++c) score += query[c] * x[c];
-          score *= p.sm_scale;
-          if (p.logit_cap > 0.f) score = p.logit_cap * std::tanh(score / p.logit_cap);
-          const float new_top = score > top ? score : top;
-          const float keep = top == new_top ? 1.f : std::exp(top - new_top), weight = std::exp(score - new_top);
-          dequantize_row(p.v_cache + (slot * p.num_kv_heads + h) * row, p.head_dim, x.data());
-          for (int c = 0; c < p.head_dim; ++c) acc[c] = acc[c] * keep + weight * x[c];
-          sum = sum * keep + weight;
-          top = new_top;
-        }
-        const int64_t out_row = (first + i) * p.num_q_heads + hq;
-        for (float& a : acc) a = sum == 0.f ? 0.f : a / sum;
-        transform_row(acc.data(), p.head_dim, tr.rotate_v ? tr.rotation_order : 1, nullptr, nullptr);
-        store_row(p.out, out_row * p.head_dim, p.dtype, p.head_dim, acc.data());
-        if (p.lse) p.lse[out_row] = sum == 0.f ? -INFINITY : top + std::log(sum);
-      }
+  check_values(p, slot_table.size(0), slot_table.size(1), q.size(0));
+  const Plan plan = make_plan(p);
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t queries = q.size(0) * p.num_q_heads, D = p.head_dim;
+  const at::Tensor floats = at::empty({queries * (D + 2) + plan.partial_rows * (D + 3)}, at::kFloat);
+  DecodeScratch s;
+  s.q = floats.mutable_data_ptr<float>();
+  s.q_sum = s.q + queries * D;
+  s.q_mean = s.q_sum + queries;
+  s.acc = s.q_mean + queries;
+  s.stats = s.acc + plan.partial_rows * D;
+
+  at::parallel_for(0, queries, 64, [&](int64_t begin, int64_t end) { kernels.decode_prepare(p, s, begin, end); });
+  // KV heads innermost: a token's heads lie side by side, and what one head's rows drag into the cache serves the next.
+  at::parallel_for(0, plan.chunks.size() * p.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(kernels.decode_scratch_floats(p.head_dim, plan.max_rows));
+    for (int64_t i = begin; i < end; ++i) {
+      kernels.decode_chunk(p, s, plan.chunks[i / p.num_kv_heads], static_cast<int>(i % p.num_kv_heads), scratch.data());
     }
   });
+  for (const DecodeRows& rows : plan.rows) {
+    at::parallel_for(0, (rows.row_end - rows.row_begin) * p.num_q_heads, 64, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(2 * D);
+      for (int64_t i = begin; i < end; ++i) {
+        kernels.decode_merge(p, s, rows, plan.chunks.data(), rows.row_begin + i / p.num_q_heads,
+                             static_cast<int>(i % p.num_q_heads), scratch.data());
+      }
+    });
+  }
 }
 
 }  // namespace

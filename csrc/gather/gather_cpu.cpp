@@ -3,7 +3,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
-#include "cpu/row.h"
+#include "cpu/kernels.h"
 
 namespace saw_int4 {
 namespace {
@@ -15,17 +15,10 @@ void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::T
     TORCH_CHECK(p.slots[t] >= 0 && p.slots[t] < p.num_slots, "gather_kv: slots[", t, "] is ", p.slots[t],
                 ", expected 0 .. ", p.num_slots - 1, ", the slots of the cache");
   }
-  const int64_t row = row_bytes(p.head_dim);
-  at::parallel_for(0, p.num_tokens * p.num_kv_heads, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> x(p.head_dim);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t h = i % p.num_kv_heads;
-      const int64_t byte = (static_cast<int64_t>(p.slots[i / p.num_kv_heads]) * p.num_kv_heads + h) * row;
-      dequantize_row(p.k_cache + byte, p.head_dim, x.data());
-      store_row(p.k_out, i * p.head_dim, p.dtype, p.head_dim, x.data());
-      dequantize_row(p.v_cache + byte, p.head_dim, x.data());
-      store_row(p.v_out, i * p.head_dim, p.dtype, p.head_dim, x.data());
-    }
+  const CpuKernels& kernels = cpu_kernels();
+  at::parallel_for(0, p.num_tokens * p.num_kv_heads, 64, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(p.head_dim);
+    kernels.gather_rows(p, begin, end, scratch.data());
   });
 }
 

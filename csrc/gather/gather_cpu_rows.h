@@ -1,0 +1,18 @@
+// gather_kv, row by row. Included once per kernels_cpu_*.cpp.
+#pragma once
+
+namespace saw_int4::SAW_INT4_ISA {
+
+static void gather_rows(const GatherParams& p, int64_t begin, int64_t end, float* scratch) {
+  const int64_t row = row_bytes(p.head_dim);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t slot = p.slots[i / p.num_kv_heads];
+    const int64_t byte = (slot * p.num_kv_heads + i % p.num_kv_heads) * row;
+    dequantize_row(p.k_cache + byte, p.head_dim, scratch);
+    store_row(p.k_out, i * p.head_dim, p.dtype, p.head_dim, scratch);
+    dequantize_row(p.v_cache + byte, p.head_dim, scratch);
+    store_row(p.v_out, i * p.head_dim, p.dtype, p.head_dim, scratch);
+  }
+}
+
+}  // namespace saw_int4::SAW_INT4_ISA

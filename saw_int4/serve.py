@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 QUESTION = "What is the capital of France? Answer in one short sentence."
 EXPECTED = "Paris"
 START_TIMEOUT_S = 600
+CPU_TOKENS = 65536  # without a GPU, SGLang's own sizing would claim most of the machine's memory
 
 
 class ServeError(RuntimeError):
@@ -122,6 +124,9 @@ def main() -> int:
     parser.add_argument("--log", type=Path, required=True, help="file for the server's own output")
     options, rest = parser.parse_known_args()
 
+    sized = any(flag.startswith(("--max-total-tokens", "--mem-fraction-static")) for flag in rest)
+    if not sized and shutil.which("nvidia-smi") is None:
+        rest += ["--max-total-tokens", str(CPU_TOKENS)]
     command = [sys.executable, "-m", "saw_int4.launch_server", "--model-path", options.model]
     command += ["--kv-cache-dtype", "int4", "--host", options.host, "--port", str(options.port), *rest]
     url = f"http://{options.host}:{options.port}"

@@ -9,7 +9,9 @@ namespace saw_int4::dev {
 extern __shared__ __align__(128) unsigned char dynamic_shared[];
 
 // Byte address of the block's dynamic shared memory, the only shared memory there is; 128-byte aligned.
-SAW_INT4_DEVICE uint32_t shared_base() { return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared)); }
+SAW_INT4_DEVICE uint32_t shared_base() {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared));
+}
 
 // T: uint16_t, uint32_t, int32_t, float, uint2, uint4, float2, float4.
 template <typename T>
@@ -55,7 +57,9 @@ SAW_INT4_DEVICE void cp_async_zfill(uint32_t dst, const void* src, bool valid) {
                  : "memory");
   }
 }
-SAW_INT4_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+SAW_INT4_DEVICE void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 // Waits until at most N of this thread's committed groups are in flight.
 template <int N>
 SAW_INT4_DEVICE void cp_async_wait() {

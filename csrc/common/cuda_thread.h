@@ -7,22 +7,39 @@
 #define SAW_INT4_DEVICE __device__ __forceinline__
 #define SAW_INT4_LAUNCH_BOUNDS(threads, blocks_per_sm) __launch_bounds__(threads, blocks_per_sm)
 #define SAW_INT4_UNROLL _Pragma("unroll")
+#define SAW_INT4_PRAGMA(text) _Pragma(#text)
+#define SAW_INT4_UNROLL_BY(n) SAW_INT4_PRAGMA(unroll n)
 
 namespace saw_int4::dev {
 
 inline constexpr uint32_t kFullMask = 0xffffffffu;
 
 // Grids and blocks have one dimension.
-SAW_INT4_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-SAW_INT4_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
-SAW_INT4_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
-SAW_INT4_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
-SAW_INT4_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31u); }
-// Broadcast from lane 0, so that the compiler knows the value to be uniform in the warp.
-SAW_INT4_DEVICE int warp_id() { return static_cast<int>(__shfl_sync(kFullMask, threadIdx.x / 32u, 0)); }
+SAW_INT4_DEVICE int thread_index() {
+  return static_cast<int>(threadIdx.x);
+}
+SAW_INT4_DEVICE int thread_count() {
+  return static_cast<int>(blockDim.x);
+}
+SAW_INT4_DEVICE int block_index() {
+  return static_cast<int>(blockIdx.x);
+}
+SAW_INT4_DEVICE int block_count() {
+  return static_cast<int>(gridDim.x);
+}
+SAW_INT4_DEVICE int lane_id() {
+  return static_cast<int>(threadIdx.x & 31u);
+}
+SAW_INT4_DEVICE int warp_id() {
+  return static_cast<int>(threadIdx.x / 32u);
+}
 
-SAW_INT4_DEVICE void block_sync() { __syncthreads(); }
-SAW_INT4_DEVICE void warp_sync() { __syncwarp(); }
+SAW_INT4_DEVICE void block_sync() {
+  __syncthreads();
+}
+SAW_INT4_DEVICE void warp_sync() {
+  __syncwarp();
+}
 
 // All 32 lanes take part. T: float, int, uint32_t.
 template <typename T>
@@ -37,11 +54,19 @@ template <typename T>
 SAW_INT4_DEVICE T shfl_idx(T v, int lane) {
   return __shfl_sync(kFullMask, v, lane);
 }
-SAW_INT4_DEVICE bool any(bool pred) { return __any_sync(kFullMask, pred); }
+SAW_INT4_DEVICE bool any(bool pred) {
+  return __any_sync(kFullMask, pred);
+}
 
 // Sequentially consistent enough for "write the partials, fence, count": see decode_kernel.cuh.
-SAW_INT4_DEVICE uint32_t atomic_add_u32(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
-SAW_INT4_DEVICE void thread_fence() { __threadfence(); }
-SAW_INT4_DEVICE void trap() { __trap(); }
+SAW_INT4_DEVICE uint32_t atomic_add_u32(uint32_t* p, uint32_t v) {
+  return atomicAdd(p, v);
+}
+SAW_INT4_DEVICE void thread_fence() {
+  __threadfence();
+}
+SAW_INT4_DEVICE void trap() {
+  __trap();
+}
 
 }  // namespace saw_int4::dev

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/device_limits.h"
+
 #if defined(SAW_INT4_EMULATE)
 #include "emulator/launch.h"
 #else
@@ -28,21 +30,14 @@ void launch(const char* name, void (*kernel)(KernelArgs...), int grid, int block
   if (shared_bytes > 48 * 1024)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status == cudaSuccess) {
-    kernel<<<grid, block, shared_bytes, stream>>>(args...);
+    kernel<<<grid, block, shared_bytes, stream> > >(args...);
     status = cudaGetLastError();
   }
   if (status != cudaSuccess)
-    throw std::runtime_error(std::string("saw_int4: launch of ") + name + " (grid " + std::to_string(grid) + ", block " +
-                             std::to_string(block) + ", shared memory " + std::to_string(shared_bytes) +
+    throw std::runtime_error(std::string("saw_int4: launch of ") + name + " (grid " + std::to_string(grid) +
+                             ", block " + std::to_string(block) + ", shared memory " + std::to_string(shared_bytes) +
                              " bytes) failed: " + cudaGetErrorString(status));
 }
-
-// What the launch planners ask about the device a stream runs on.
-struct DeviceLimits {
-  int sm_count = 0;
-  int shared_bytes_per_sm = 0;     // what the blocks resident on one SM share, 1 KiB per block reserved included
-  int shared_bytes_per_block = 0;  // the most one block may ask for
-};
 
 inline DeviceLimits device_limits(int device) {
   DeviceLimits limits;

@@ -1,0 +1,14 @@
+// What the launch planners ask about a device.
+#pragma once
+
+namespace saw_int4 {
+
+struct DeviceLimits {
+  int sm_count = 0;
+  int shared_bytes_per_sm = 0;     // what the blocks resident on one SM share, kSharedReservedPerBlock each included
+  int shared_bytes_per_block = 0;  // the most one block may ask for
+};
+
+inline constexpr int kSharedReservedPerBlock = 1024;  // by CUDA, on every architecture
+
+}  // namespace saw_int4

@@ -1,0 +1,158 @@
+// What the host fixes before a decode launch: block shape, pipeline depth, shared memory, workspace. Pure functions of
+// shapes and of the device's limits; csrc/README.md derives the rules.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "common/device_limits.h"
+#include "format.h"
+#include "params.h"
+
+namespace saw_int4 {
+
+inline constexpr int kRowsPerTile = 8;     // query rows of one MMA
+inline constexpr int kTokensPerWarp = 32;  // tokens a warp takes from each tile
+inline constexpr int kMaxWarps = 8;
+inline constexpr int kMaxStages = 4;
+inline constexpr int kDecodeScratchBytes = 144;       // of a block, for the walk along its work
+inline constexpr int64_t kMaxMergeBytes = 96 * 1024;  // of partial results that one block may have to read
+
+// Query-row tiles the kernel is compiled for, by head_dim: 8, 16 or 32 rows per pass over the keys.
+constexpr int max_row_tiles(int head_dim) {
+  return head_dim == 64 || head_dim == 128 ? 4 : head_dim == 256 ? 2 : 1;
+}
+
+// Blocks of 8 warps per SM that the registers allow (128 or 255 per thread).
+constexpr int blocks_by_registers(int head_dim, int row_tiles) {
+  return head_dim * row_tiles <= 128 ? 2 : 1;
+}
+
+// The query fragments stay in registers where they fit, else in shared memory.
+constexpr bool query_in_registers(int head_dim, int row_tiles) {
+  return head_dim * row_tiles <= 256;
+}
+
+constexpr int query_words_per_lane(int head_dim) {
+  return (head_dim + 31) / 32;
+}
+
+// Shapes of a launch, known at capture time.
+struct DecodeShape {
+  int head_dim;
+  int num_q_heads;
+  int num_kv_heads;
+  int num_requests;
+  int max_q_len;
+};
+
+struct DecodePlan {
+  int row_tiles = 0;         // n-tiles of 8 query rows per pass
+  int warps = 0;             // per block
+  int blocks = 0;            // of the grid
+  int heads_per_block = 0;   // KV heads; divides warps and num_kv_heads
+  int head_groups = 0;       // num_kv_heads / heads_per_block
+  int ways = 0;              // warps that share a KV head, each with other tokens
+  int tile_tokens = 0;       // ways * kTokensPerWarp
+  int rows_per_head = 0;     // query rows of a KV head and pass that may be in use
+  int stages = 0;            // tiles in shared memory
+  int chunk_bytes = 0;       // of one cp.async: 16, 8 or 4
+  int chunks_per_token = 0;  // that cover heads_per_block rows
+  uint32_t chunk_magic = 0;  // mul_hi(i, chunk_magic) == i / chunks_per_token for i < 2^16
+  int token_stride = 0;      // bytes between tokens in shared memory; 16 mod 32, so that fragments miss no bank
+  int stage_bytes = 0;       // K and V of one tile
+  int query_offset = 0;      // byte positions in shared memory, after the stages
+  int slots_offset = 0;
+  int rows_offset = 0;
+  int scratch_offset = 0;
+  int shared_bytes = 0;
+  int64_t piece_floats = 0;  // of the workspace, per piece
+};
+
+// Fills in what follows from heads_per_block, warps and stages.
+inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
+  const int row = row_bytes(shape.head_dim);
+  const int token = shape.num_kv_heads * row, run = plan.heads_per_block * row;
+  plan.chunk_bytes = token % 16 == 0 ? 16 : token % 8 == 0 ? 8 : 4;
+  // A run of heads may start up to chunk_bytes - 4 past a chunk.
+  const int window = run + (run % plan.chunk_bytes == 0 ? 0 : plan.chunk_bytes - 4);
+  plan.chunks_per_token = (window + plan.chunk_bytes - 1) / plan.chunk_bytes;
+  plan.chunk_magic = static_cast<uint32_t>(((uint64_t{1} << 32) + plan.chunks_per_token - 1) / plan.chunks_per_token);
+  plan.token_stride = (plan.chunks_per_token * plan.chunk_bytes + 15) / 16 * 16;
+  if (plan.token_stride % 32 == 0) plan.token_stride += 16;
+  plan.head_groups = shape.num_kv_heads / plan.heads_per_block;
+  plan.ways = plan.warps / plan.heads_per_block;
+  plan.tile_tokens = plan.ways * kTokensPerWarp;
+  const int group = shape.num_q_heads / shape.num_kv_heads;
+  plan.rows_per_head = std::min(group * shape.max_q_len, kRowsPerTile * plan.row_tiles);
+  plan.stage_bytes = 2 * plan.tile_tokens * plan.token_stride;
+  // The stages double as the place where the warps of a block merge one row tile.
+  const int merge_bytes = plan.warps * kRowsPerTile * ((shape.head_dim + 4) * 4 + 8);
+  plan.query_offset = (std::max(plan.stages * plan.stage_bytes, merge_bytes) + 15) / 16 * 16;
+  const int query_bytes = query_in_registers(shape.head_dim, plan.row_tiles)
+                              ? 0
+                              : plan.heads_per_block * plan.row_tiles * query_words_per_lane(shape.head_dim) * 512;
+  plan.slots_offset = plan.query_offset + query_bytes;
+  plan.rows_offset = plan.slots_offset + plan.stages * plan.tile_tokens * 4;
+  plan.scratch_offset = plan.rows_offset + kRowsPerTile * plan.row_tiles * 16;
+  plan.shared_bytes = plan.scratch_offset + kDecodeScratchBytes;
+  plan.piece_floats = static_cast<int64_t>(plan.heads_per_block) * plan.rows_per_head * (shape.head_dim + 2);
+}
+
+// Bytes of partial results that the last block of a run reads, when B requests share the grid evenly.
+inline int64_t merge_bytes(const DecodePlan& plan, const DecodeShape& shape) {
+  const int64_t runs = static_cast<int64_t>(std::max(shape.num_requests, 1)) * plan.head_groups;
+  return (plan.blocks + runs - 1) / runs * plan.piece_floats * 4;
+}
+
+// KV heads in one block: the more, the longer the contiguous runs that are read; the fewer, the less there is to
+// merge when few requests fill the machine. False when no pipeline of two stages fits.
+inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLimits& device) {
+  for (int heads = plan.warps; heads >= 1; heads /= 2) {
+    if (shape.num_kv_heads % heads != 0) continue;
+    plan.heads_per_block = heads;
+    const int most = blocks_by_registers(shape.head_dim, plan.row_tiles) * (kMaxWarps / plan.warps);
+    bool fits = false;
+    for (int per_sm = most; per_sm >= 1 && !fits; --per_sm) {
+      const int budget =
+          std::min(device.shared_bytes_per_sm / per_sm - kSharedReservedPerBlock, device.shared_bytes_per_block);
+      plan.stages = kMaxStages + 1;
+      while (!fits && plan.stages > 2) {
+        --plan.stages;
+        lay_out(plan, shape);
+        fits = plan.shared_bytes <= budget;
+      }
+      plan.blocks = device.sm_count * per_sm;
+    }
+    if (!fits) return false;
+    if (heads == 1 || merge_bytes(plan, shape) <= kMaxMergeBytes) return true;
+  }
+  return false;
+}
+
+inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& device) {
+  const int rows = shape.num_q_heads / shape.num_kv_heads * shape.max_q_len;
+  DecodePlan plan;
+  plan.row_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
+  plan.row_tiles = std::min(plan.row_tiles, max_row_tiles(shape.head_dim));
+  for (plan.warps = kMaxWarps; plan.warps >= 4; plan.warps /= 2)
+    if (try_plan(plan, shape, device)) return plan;
+  throw std::runtime_error("decode_attention: a block needs " + std::to_string(plan.shared_bytes) +
+                           " bytes of shared memory for head_dim " + std::to_string(shape.head_dim) +
+                           ", the device offers " + std::to_string(device.shared_bytes_per_block));
+}
+
+// Workspace: the pieces' partial results from the front, one counter per query row and head from the back. Counters
+// are zero between launches. Enough for every call of at most num_query_rows rows.
+inline int64_t partial_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim) {
+  // Rows in flight per SM: 16 warps x 8 rows, or 8 warps x 16 or 32; up to 4 blocks share the rows of one request.
+  const int64_t rows_per_sm = std::min<int64_t>(kMaxWarps * kRowsPerTile * 4, 4 * num_query_rows * num_q_heads);
+  return 2 * static_cast<int64_t>(sm_count) * rows_per_sm * (head_dim + 2) * 4;
+}
+inline int64_t decode_workspace_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim) {
+  return partial_bytes(sm_count, num_query_rows, num_q_heads, head_dim) + num_query_rows * num_q_heads * 4;
+}
+
+}  // namespace saw_int4

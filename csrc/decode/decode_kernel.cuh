@@ -1,0 +1,442 @@
+// O = softmax(scale * q K^T) V over INT4 rows, for the last query rows of every request, in one launch.
+//
+// Tokens are the M side of both products: S^T = K q'^T and O^T = V^T P^T, so that 8 query rows (one decode step of a
+// GQA group) fill an MMA, and 4 query tokens cost the KV traffic of one. A warp owns one KV head and 32 tokens per
+// tile; lane = 4g + c holds, for QK, tokens g and g + 8 and every fourth word of them; for PV, tokens 2c, 2c+1, 2c+8,
+// 2c+9 and word g of every eight: two byte permutes put the codes of two tokens side by side. S^T becomes the operand
+// P^T by one 8x8 transpose per 16 tokens. Scales stay outside the products (query.cuh, fragments.cuh).
+//
+// Bound: HBM. A head_dim 128 row pair of 32 tokens is 4352 bytes, 300 cycles of an H100 SM's share (14.5 B/cycle) =
+// 1200 issue slots; the inner loop issues about 500 (csrc/README.md counts them in the SASS).
+// Assumes: q, out 16-byte aligned rows of fp16 or bf16; cache base 16-byte aligned; workspace counters zero.
+#pragma once
+
+#include "decode/merge.cuh"
+#include "decode/pipeline.cuh"
+
+namespace saw_int4 {
+
+// Running softmax of a warp's query rows: lane 4g + c, rows 8*nt + 2c + u. l and extra are this lane's share (its
+// tokens only). o counts v in units of v_cap * 2^-kWeightBits times (code - 8); extra has what is the same in every
+// channel.
+template <int D, int NT>
+struct Softmax {
+  static constexpr int kWordGroups = (D + 63) / 64;  // of 8 words, one per g
+  float m[NT][2], l[NT][2], extra[NT][2];
+  float o[NT][4 * kWordGroups][4];
+  float v_cap;   // power of two above every scale of V so far
+  float v_unit;  // 2^kWeightBits / v_cap: brings p * scale into fp16's normal range, whatever the scale
+};
+inline constexpr int kWeightBits = 14;
+
+template <int D, int NT>
+SAW_INT4_DEVICE void reset(Softmax<D, NT>& s) {
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < NT; ++nt) {
+    SAW_INT4_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      s.m[nt][u] = -INFINITY;
+      s.l[nt][u] = s.extra[nt][u] = 0.f;
+    }
+    SAW_INT4_UNROLL
+    for (int i = 0; i < 4 * Softmax<D, NT>::kWordGroups; ++i) {
+      SAW_INT4_UNROLL
+      for (int e = 0; e < 4; ++e) s.o[nt][i][e] = 0.f;
+    }
+  }
+  s.v_cap = s.v_unit = 0.f;
+}
+
+// Moves the references (largest logit, largest scale of V) to what the warp has seen. Rare after the first tiles.
+template <int D, int NT>
+SAW_INT4_DEVICE void rescale(Softmax<D, NT>& s, const float (&largest)[NT][2], float v_scale) {
+  SAW_INT4_UNROLL
+  for (int mask = 4; mask < 32; mask *= 2) v_scale = dev::fmax(v_scale, dev::shfl_xor(v_scale, mask));
+  float v_keep = 1.f;
+  if (v_scale >= s.v_cap && v_scale > 0.f) {  // the same in all lanes
+    const uint32_t exponent = (dev::float_bits(v_scale) >> 23) + 1;
+    const float cap = dev::bits_float(exponent << 23);
+    v_keep = s.v_cap / cap;
+    s.v_cap = cap;
+    s.v_unit = dev::bits_float((254 + kWeightBits - exponent) << 23);
+  }
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < NT; ++nt) {
+    SAW_INT4_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      float top = largest[nt][u];
+      SAW_INT4_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) top = dev::fmax(top, dev::shfl_xor(top, mask));
+      top = dev::fmax(top, s.m[nt][u]);
+      const float keep = piece_weight(s.m[nt][u], top);
+      s.m[nt][u] = top;
+      s.l[nt][u] *= keep;
+      s.extra[nt][u] *= keep;
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 4 * Softmax<D, NT>::kWordGroups; ++i) {
+        s.o[nt][i][u] *= keep * v_keep;
+        s.o[nt][i][u + 2] *= keep * v_keep;
+      }
+    }
+  }
+}
+
+// What hides tokens from query rows: rows[n] = {end, begin, tree bits low, high} in shared memory.
+struct Masks {
+  uint32_t rows;
+  int tree_base;  // first new token when there is a tree mask, else past every token
+};
+
+SAW_INT4_DEVICE bool visible(int token, const uint4& row, int tree_base) {
+  if (token >= static_cast<int>(row.x) || token < static_cast<int>(row.y)) return false;
+  if (token < tree_base) return true;
+  const int bit = token - tree_base;
+  return ((bit < 32 ? row.z >> bit : row.w >> (bit - 32)) & 1u) != 0;
+}
+
+// Weights of 16 tokens: s (logits) -> w = p * scale in units of v_unit. kMasked: logits of -inf weigh nothing, even
+// when the token's parameters are NaN.
+template <bool kMasked, int D, int NT>
+SAW_INT4_DEVICE void weigh(Softmax<D, NT>& s, float (&w)[NT][4], const float (&v_weight)[2],
+                           const float (&v_extra)[2]) {
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < NT; ++nt) {
+    SAW_INT4_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int u = e % 2, half = e / 2;
+      if (kMasked && w[nt][e] == -INFINITY) {
+        w[nt][e] = 0.f;
+        continue;
+      }
+      const float weight = dev::exp2_approx(w[nt][e] - s.m[nt][u]);
+      s.l[nt][u] += weight;
+      s.extra[nt][u] = dev::fma_rn(weight, v_extra[half], s.extra[nt][u]);
+      w[nt][e] = weight * v_weight[half];
+    }
+  }
+}
+
+// MT * 16 tokens of one KV head; k_row, v_row: shared addresses of the first token's row, `stride` bytes apart.
+template <int D, int NT, int MT>
+SAW_INT4_DEVICE void attend(Softmax<D, NT>& s, const Query<D, NT>& query, uint32_t k_row, uint32_t v_row, int stride,
+                            int token, bool masked, const Masks& masks, float cap) {
+  constexpr int kRowWords = D / kCodesPerWord;
+  const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
+
+  float w[MT][NT][4];
+  SAW_INT4_UNROLL
+  for (int mt = 0; mt < MT; ++mt) {
+    SAW_INT4_UNROLL
+    for (int nt = 0; nt < NT; ++nt) {
+      SAW_INT4_UNROLL
+      for (int e = 0; e < 4; ++e) w[mt][nt][e] = 0.f;
+    }
+  }
+  SAW_INT4_UNROLL
+  for (int j = 0; j < query_words_per_lane(D); ++j) {
+    // Past the row's last word the query is zero; any word will do.
+    const int word = 4 * j + 4 <= kRowWords || 4 * j + c < kRowWords ? 4 * j + c : kRowWords - 1;
+    uint32_t low[MT][4], high[MT][4];
+    SAW_INT4_UNROLL
+    for (int mt = 0; mt < MT; ++mt) {
+      const uint32_t at = k_row + (16 * mt + g) * stride + 4 * word;
+      biased_codes(dev::ld_shared<uint32_t>(at), low[mt]);
+      biased_codes(dev::ld_shared<uint32_t>(at + 8 * stride), high[mt]);
+    }
+    SAW_INT4_UNROLL
+    for (int nt = 0; nt < NT; ++nt) {
+      const uint4 q = query.fragment(nt, j);
+      SAW_INT4_UNROLL
+      for (int mt = 0; mt < MT; ++mt) {
+        dev::mma_m16n8k16_f16(w[mt][nt], {low[mt][0], high[mt][0], low[mt][1], high[mt][1]}, {q.x, q.y});
+        dev::mma_m16n8k16_f16(w[mt][nt], {low[mt][2], high[mt][2], low[mt][3], high[mt][3]}, {q.z, q.w});
+      }
+    }
+  }
+
+  float largest[NT][2], v_scale = 0.f, v_weight[MT][2], v_extra[MT][2];
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < NT; ++nt) largest[nt][0] = largest[nt][1] = -INFINITY;
+  SAW_INT4_UNROLL
+  for (int mt = 0; mt < MT; ++mt) {
+    SAW_INT4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t row = (16 * mt + 8 * half + g) * stride + scale_byte(D);
+      const auto k_params = dev::ld_shared<uint32_t>(k_row + row), v_params = dev::ld_shared<uint32_t>(v_row + row);
+      const float scale = dev::f16_to_float(static_cast<uint16_t>(k_params));
+      const float offset = dev::f16_to_float(static_cast<uint16_t>(k_params >> 16));
+      SAW_INT4_UNROLL
+      for (int nt = 0; nt < NT; ++nt) {
+        SAW_INT4_UNROLL
+        for (int u = 0; u < 2; ++u) {
+          const ScoreTerms& t = query.terms[nt][u];
+          float& x = w[mt][nt][2 * half + u];
+          x = dev::fma_rn(scale, dev::fma_rn(x, t.k, -t.bias), dev::fma_rn(offset, t.qsum, t.c0));
+        }
+      }
+      v_weight[mt][half] = dev::f16_to_float(static_cast<uint16_t>(v_params));
+      v_extra[mt][half] =
+          dev::fma_rn(kCodeCentre, v_weight[mt][half], dev::f16_to_float(static_cast<uint16_t>(v_params >> 16)));
+      v_scale = dev::fmax(v_scale, v_weight[mt][half]);
+    }
+  }
+  if (cap > 0.f) {
+    // cap * tanh(x / cap), tanh(y) = 1 - 2 / (e^2y + 1); exact to fp32's last bits of cap, which is all a logit needs.
+    const float inverse = dev::div_rn(2.f * kLog2e, cap);
+    SAW_INT4_UNROLL
+    for (int mt = 0; mt < MT; ++mt) {
+      SAW_INT4_UNROLL
+      for (int nt = 0; nt < NT; ++nt) {
+        SAW_INT4_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const float power = dev::exp2_approx(w[mt][nt][e] * inverse);
+          w[mt][nt][e] = dev::fma_rn(-2.f * cap, dev::rcp_approx(power + 1.f), cap);
+        }
+      }
+    }
+  }
+  if (masked) {
+    SAW_INT4_UNROLL
+    for (int nt = 0; nt < NT; ++nt) {
+      SAW_INT4_UNROLL
+      for (int u = 0; u < 2; ++u) {
+        const auto row = dev::ld_shared<uint4>(masks.rows + (nt * kRowsPerTile + 2 * c + u) * 16);
+        SAW_INT4_UNROLL
+        for (int mt = 0; mt < MT; ++mt) {
+          SAW_INT4_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            if (!visible(token + 16 * mt + 8 * half + g, row, masks.tree_base)) w[mt][nt][2 * half + u] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+  bool moves = v_scale >= s.v_cap && v_scale > 0.f;
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < NT; ++nt) {
+    SAW_INT4_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      SAW_INT4_UNROLL
+      for (int mt = 0; mt < MT; ++mt)
+        largest[nt][u] = dev::fmax(largest[nt][u], dev::fmax(w[mt][nt][u], w[mt][nt][u + 2]));
+      moves = moves || largest[nt][u] > s.m[nt][u];
+    }
+  }
+  if (dev::any(moves)) rescale<D, NT>(s, largest, v_scale);
+
+  uint32_t p[MT][NT][2];
+  SAW_INT4_UNROLL
+  for (int mt = 0; mt < MT; ++mt) {
+    SAW_INT4_UNROLL
+    for (int half = 0; half < 2; ++half) v_weight[mt][half] *= s.v_unit;
+    if (masked)
+      weigh<true, D, NT>(s, w[mt], v_weight[mt], v_extra[mt]);
+    else
+      weigh<false, D, NT>(s, w[mt], v_weight[mt], v_extra[mt]);
+    SAW_INT4_UNROLL
+    for (int nt = 0; nt < NT; ++nt) {
+      p[mt][nt][0] = dev::movmatrix_trans_b16(dev::pack_f16x2(w[mt][nt][0], w[mt][nt][1]));
+      p[mt][nt][1] = dev::movmatrix_trans_b16(dev::pack_f16x2(w[mt][nt][2], w[mt][nt][3]));
+    }
+  }
+
+  SAW_INT4_UNROLL
+  for (int mt = 0; mt < MT; ++mt) {
+    SAW_INT4_UNROLL
+    for (int wg = 0; wg < Softmax<D, NT>::kWordGroups; ++wg) {
+      const int word = 8 * wg + 8 <= kRowWords || 8 * wg + g < kRowWords ? 8 * wg + g : kRowWords - 1;
+      const uint32_t at = v_row + (16 * mt + 2 * c) * stride + 4 * word;
+      const auto t0 = dev::ld_shared<uint32_t>(at), t1 = dev::ld_shared<uint32_t>(at + stride);
+      const auto t8 = dev::ld_shared<uint32_t>(at + 8 * stride), t9 = dev::ld_shared<uint32_t>(at + 9 * stride);
+      uint32_t even01[4], odd01[4], even89[4], odd89[4];  // channels 2i, 2i + 1 of the word, tokens as named
+      centred_codes(dev::prmt(t0, t1, 0x5410), even01);
+      centred_codes(dev::prmt(t0, t1, 0x7632), odd01);
+      centred_codes(dev::prmt(t8, t9, 0x5410), even89);
+      centred_codes(dev::prmt(t8, t9, 0x7632), odd89);
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        SAW_INT4_UNROLL
+        for (int nt = 0; nt < NT; ++nt)
+          dev::mma_m16n8k16_f16(s.o[nt][4 * wg + i], {even01[i], odd01[i], even89[i], odd89[i]}, p[mt][nt]);
+      }
+    }
+  }
+}
+
+// The tiles of `piece`, pipelined; leaves the block's softmax state in registers and no copy in flight.
+template <int D, int NT>
+SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const DecodePlan& plan, const Piece& piece) {
+  const uint32_t base = dev::shared_base();
+  const int thread = dev::thread_index(), stages = plan.stages, tile_tokens = plan.tile_tokens;
+  const int head = dev::warp_id() / plan.ways, way = dev::warp_id() % plan.ways;
+  const int64_t token_bytes = static_cast<int64_t>(p.num_kv_heads) * row_bytes(D);
+  const int block_head_bytes = piece.kv_head * row_bytes(D);
+  const int inside_chunk = block_head_bytes % plan.chunk_bytes;
+  const TileSource source{p.slot_table + dev::ld_global(p.table_rows + piece.request) * p.table_stride,
+                          block_head_bytes - inside_chunk, token_bytes, piece.seq_len};
+  const uint32_t slots = base + plan.slots_offset;
+  const bool has_slot = thread < tile_tokens;
+
+  // Slots of the first `stages` tiles, then the copies of all but the last of them.
+  for (int i = 0; i < stages; ++i)
+    if (has_slot) {
+      const int token = (piece.tile_begin + i) * tile_tokens + thread;
+      dev::st_shared<int32_t>(slots + (i * tile_tokens + thread) * 4, load_slot(source, p.num_slots, token));
+    }
+  dev::block_sync();
+  for (int i = 0; i < stages - 1; ++i) {
+    if (piece.tile_begin + i < piece.tile_end)
+      copy_tile(p, plan, source, slots + i * tile_tokens * 4, base + i * plan.stage_bytes);
+    dev::cp_async_commit();
+  }
+  int next_slot = has_slot ? load_slot(source, p.num_slots, (piece.tile_begin + stages) * tile_tokens + thread) : -1;
+
+  // What each query row sees. Rows of a pass: 0 .. rows - 1; the padding sees nothing.
+  const int first_new = piece.seq_len - piece.q_len;
+  const int first_position = first_new + piece.rows.token(0);
+  const int last_position = first_new + piece.rows.token(piece.rows.rows - 1);
+  const Masks masks{base + plan.rows_offset, p.tree_mask == nullptr ? 0x7fffffff : first_new};
+  if (thread < kRowsPerTile * NT) {
+    uint4 row{0, 0, 0, 0};
+    if (thread < piece.rows.rows) {
+      const int token = piece.rows.token(thread), position = first_new + token;
+      const bool tree = p.tree_mask != nullptr;
+      const int end = tree && p.window < 0 ? piece.seq_len : position + 1;
+      row.x = static_cast<uint32_t>(end);
+      row.y = static_cast<uint32_t>(p.window >= 0 && position > p.window ? position - static_cast<int>(p.window) : 0);
+      if (tree) {
+        const auto bits = static_cast<uint64_t>(dev::ld_global(p.tree_mask + piece.rows.first_token + token));
+        row.z = static_cast<uint32_t>(bits);
+        row.w = static_cast<uint32_t>(bits >> 32);
+      }
+    }
+    dev::st_shared(masks.rows + thread * 16, row);
+  }
+  const int unmasked_end = p.tree_mask == nullptr ? first_position + 1 : first_new;
+  const int64_t unmasked_begin = p.window >= 0 ? last_position - p.window : 0;
+
+  Query<D, NT> query;
+  query.shared = base + plan.query_offset + head * (NT * query_words_per_lane(D) * 512) + dev::lane_id() * 16;
+  load_query<D, NT>(query, p, piece.rows, piece.kv_head + head, way == 0);
+  const float cap = p.logit_cap * kLog2e;
+
+  const uint32_t my_rows = (way * kTokensPerWarp) * plan.token_stride + inside_chunk + head * row_bytes(D);
+  int stage = 0;
+  for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
+    wait_oldest(stages);
+    dev::block_sync();
+    const int before = stage == 0 ? stages - 1 : stage - 1;  // the tile that everybody has left
+    const int ahead = tile + stages - 1;
+    if (ahead < piece.tile_end)
+      copy_tile(p, plan, source, slots + before * tile_tokens * 4, base + before * plan.stage_bytes);
+    dev::cp_async_commit();
+    if (has_slot) {
+      dev::st_shared<int32_t>(slots + (stage * tile_tokens + thread) * 4, next_slot);
+      next_slot = load_slot(source, p.num_slots, (ahead + 2) * tile_tokens + thread);
+    }
+    const int token = tile * tile_tokens + way * kTokensPerWarp;
+    const bool masked = token + kTokensPerWarp > unmasked_end || token < unmasked_begin;
+    const uint32_t k_row = base + stage * plan.stage_bytes + my_rows;
+    constexpr int kMT = NT == 4 ? 1 : 2;
+    for (int t = 0; t < kTokensPerWarp; t += 16 * kMT)
+      attend<D, NT, kMT>(s, query, k_row + t * plan.token_stride, k_row + plan.stage_bytes / 2 + t * plan.token_stride,
+                         plan.token_stride, token + t, masked, masks, cap);
+    if (++stage == stages) stage = 0;
+  }
+  dev::cp_async_wait<0>();
+}
+
+// Where a row of the piece goes, when it is finished.
+template <int D>
+SAW_INT4_DEVICE void finish_row(const DecodeParams& p, const Piece& piece, RowPiece<D>& sum, int head, int row) {
+  write_row<D>(p, sum, piece.rows.first_token + piece.rows.token(row),
+               (piece.kv_head + head) * piece.rows.group + piece.rows.head(row));
+}
+
+// The softmax states of the block's warps to finished rows, or to the block's slot of the workspace.
+template <int D, int NT>
+SAW_INT4_DEVICE void write_piece(Softmax<D, NT>& s, const DecodeParams& p, const DecodePlan& plan, const Piece& piece) {
+  const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
+  const WarpPieces<D> pieces{dev::shared_base(), plan.warps};
+  const float unit = s.v_cap * (1.f / (1 << kWeightBits));
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < NT; ++nt) {
+    dev::block_sync();  // the stages, or the row tile before, are no longer read
+    SAW_INT4_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      float l = s.l[nt][u], extra = s.extra[nt][u];
+      SAW_INT4_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) {
+        l += dev::shfl_xor(l, mask);
+        extra += dev::shfl_xor(extra, mask);
+      }
+      const int row = 2 * c + u;
+      if (g == 0) dev::st_shared(pieces.sums(dev::warp_id(), row), float2{s.m[nt][u], l});
+      SAW_INT4_UNROLL
+      for (int wg = 0; wg < Softmax<D, NT>::kWordGroups; ++wg) {
+        const int word = 8 * wg + g;
+        if (word >= D / kCodesPerWord) continue;
+        const uint32_t at = pieces.values(dev::warp_id(), row) + word * kCodesPerWord * 4;
+        SAW_INT4_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const auto& a = s.o[nt][4 * wg + 2 * half];
+          const auto& b = s.o[nt][4 * wg + 2 * half + 1];
+          dev::st_shared(at + 16 * half, float4{dev::fma_rn(a[u], unit, extra), dev::fma_rn(a[u + 2], unit, extra),
+                                                dev::fma_rn(b[u], unit, extra), dev::fma_rn(b[u + 2], unit, extra)});
+        }
+      }
+    }
+    dev::block_sync();
+    for (int i = dev::warp_id(); i < plan.heads_per_block * kRowsPerTile; i += plan.warps) {
+      const int head = i / kRowsPerTile, row = nt * kRowsPerTile + i % kRowsPerTile;
+      if (row >= piece.rows.rows) continue;
+      RowPiece<D> sum = merge_warps<D>(pieces, head * plan.ways, plan.ways, i % kRowsPerTile);
+      if (piece.first_block == piece.last_block)
+        finish_row<D>(p, piece, sum, head, row);
+      else
+        store_piece<D>(BlockPiece<D>(p, plan, piece.slot(dev::block_index())), head * plan.rows_per_head + row, sum);
+    }
+  }
+}
+
+// Counts this block's piece; the last of the run's blocks adds them all up.
+template <int D>
+SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, const Piece& piece, uint32_t scratch) {
+  // The counter is that of the run's first query row and head.
+  const int64_t first_row = static_cast<int64_t>(piece.rows.first_token + piece.rows.token(0)) * p.num_q_heads +
+                            piece.kv_head * piece.rows.group + piece.rows.head(0);
+  uint32_t* counter =
+      reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.workspace) + p.workspace_bytes) - 1 - first_row;
+  dev::thread_fence();
+  dev::block_sync();
+  if (dev::thread_index() == 0) dev::st_shared<uint32_t>(scratch, dev::atomic_add_u32(counter, 1));
+  dev::block_sync();
+  const int arrived = static_cast<int>(dev::ld_shared<uint32_t>(scratch)) + 1;
+  if (arrived != piece.last_block - piece.first_block + 1) return;
+  dev::thread_fence();
+  if (dev::thread_index() == 0) dev::st_global(counter, 0u);  // for the next launch
+  for (int i = dev::warp_id(); i < plan.heads_per_block * plan.rows_per_head; i += plan.warps) {
+    const int head = i / plan.rows_per_head, row = i % plan.rows_per_head;
+    if (row >= piece.rows.rows) continue;
+    RowPiece<D> sum = merge_blocks<D>(p, plan, piece, i);
+    finish_row<D>(p, piece, sum, head, row);
+  }
+}
+
+template <int D, int NT>
+SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * kMaxWarps, blocks_by_registers(D, NT))
+    saw_int4_decode_kernel(const DecodeParams p, const DecodePlan plan) {
+  const uint32_t scratch = dev::shared_base() + plan.scratch_offset;
+  const Cursor cursor(scratch);
+  if (!cursor.start(p, plan)) return;
+  while (cursor.next(p, plan)) {
+    Softmax<D, NT> state;
+    reset<D, NT>(state);
+    run_tiles<D, NT>(state, p, plan, cursor.piece(p));
+    const Piece piece = cursor.piece(p);
+    write_piece<D, NT>(state, p, plan, piece);
+    if (piece.first_block != piece.last_block) merge_run<D>(p, plan, piece, scratch);
+  }
+}
+
+}  // namespace saw_int4

@@ -225,6 +225,7 @@ inline DecodeParams decode_params(const at::Tensor& q, const at::Tensor& k_cache
   p.table_rows = table_rows.const_data_ptr<int64_t>();
   p.seq_lens = seq_lens.const_data_ptr<int64_t>();
   p.q_indptr = q_indptr.has_value() ? q_indptr->const_data_ptr<int32_t>() : nullptr;
+  p.num_query_rows = rows;
   p.num_requests = static_cast<int>(requests);
   p.max_q_len = static_cast<int>(max_q_len);
   p.page_size = static_cast<int>(page_size);

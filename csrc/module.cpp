@@ -4,6 +4,9 @@
 
 #include "cpu/kernels.h"
 #include "format.h"
+#if defined(SAW_INT4_WITH_CUDA)
+#include "decode/decode_cuda.h"
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("FORMAT_VERSION") = saw_int4::kFormatVersion;
@@ -19,4 +22,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_isas", &saw_int4::cpu_isas, "Instruction sets that this machine can run, widest first.");
   m.def("cpu_isa", [] { return saw_int4::cpu_kernels().isa; }, "The instruction set in use.");
   m.def("set_cpu_isa", &saw_int4::set_cpu_isa, "Choose the instruction set, for tests and benchmarks.");
+#if defined(SAW_INT4_WITH_CUDA)
+  m.def("decode_workspace_bytes", &saw_int4::decode_workspace_bytes_on);
+#endif
 }

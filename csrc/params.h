@@ -52,6 +52,7 @@ struct DecodeParams {
   const int64_t* table_rows = nullptr;  // [B]
   const int64_t* seq_lens = nullptr;    // [B], the new tokens included
   const int32_t* q_indptr = nullptr;    // [B + 1] or null
+  int64_t num_query_rows = 0;           // T_q
   int num_requests = 0;
   int max_q_len = 1;
   int page_size = 1;                  // slots of tokens p*page_size .. (p+1)*page_size - 1 are consecutive

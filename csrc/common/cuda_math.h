@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/cuda_thread.h"
+
 namespace saw_int4::dev {
 
 // (x & mask) | bits in one LOP3.

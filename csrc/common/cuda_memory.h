@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/cuda_thread.h"
+
 namespace saw_int4::dev {
 
 extern __shared__ __align__(128) unsigned char dynamic_shared[];

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common/cuda_thread.h"
+
 namespace saw_int4::dev {
 
 // d += A B, fp16 operands, fp32 sums.

@@ -1,0 +1,24 @@
+// The second level of decode's dispatch: row tiles to kernel. Each head_dim is instantiated in its own translation
+// unit, so that they compile side by side.
+#pragma once
+
+#include "decode/decode_dispatch.h"
+#include "decode/decode_kernel.cuh"
+
+namespace saw_int4 {
+
+template <int D>
+void launch_decode(const DecodeParams& p, const DecodePlan& plan, Stream stream) {
+  const auto with = [&](auto kernel) {
+    launch("saw_int4_decode_kernel", kernel, plan.blocks, plan.warps * 32, plan.shared_bytes, stream, p, plan);
+  };
+  if (plan.row_tiles == 1) return with(saw_int4_decode_kernel<D, 1>);
+  if constexpr (max_row_tiles(D) >= 2)
+    if (plan.row_tiles == 2) return with(saw_int4_decode_kernel<D, 2>);
+  if constexpr (max_row_tiles(D) >= 4)
+    if (plan.row_tiles == 4) return with(saw_int4_decode_kernel<D, 4>);
+  throw std::logic_error("decode_attention: no kernel for head_dim " + std::to_string(D) + " with " +
+                         std::to_string(plan.row_tiles) + " row tiles");
+}
+
+}  // namespace saw_int4

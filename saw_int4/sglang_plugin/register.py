@@ -23,19 +23,30 @@ def register_all() -> None:
     if _done:
         return
     _done = True
+    attempt(_register)
+
+
+def attempt(action: Callable):
+    """The action's result; None when it fails, and then INT4 is refused for that reason."""
     try:
-        _register()
+        return action()
     except Exception as error:  # noqa: BLE001  (whatever it was, int4 must refuse to start because of it)
-        logger.exception("saw_int4: registration failed; --kv-cache-dtype int4 will be refused")
+        logger.exception("saw_int4: set-up failed; --kv-cache-dtype int4 will be refused")
         _failures.append(f"{type(error).__name__}: {error}")
+        return None
 
 
 def failures() -> list[str]:
-    """Why the plugin is not in place, one sentence each; empty when it is."""
+    """Why INT4 is not in place, one sentence each; empty when every seam is hooked, or patched into SGLang."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    missing = [target for target in hooks() if target not in HookRegistry._patched]
-    return _failures + [f"SGLang did not apply the hook on {target}" for target in missing]
+    from saw_int4.sglang_plugin import native, verify
+
+    if not (_done or _failures):  # no plugin here: SGLang's own source must hold the seams
+        attempt(verify.tested_version)
+    wrappers = {} if _failures else attempt(hooks) or {}
+    missing = [target for target in wrappers if target not in HookRegistry._patched and not native.is_seam(target)]
+    return _failures + [f"SGLang has no seam of ours on {target}" for target in missing]
 
 
 def hooks() -> dict[str, Callable]:
@@ -66,7 +77,7 @@ def _register() -> None:
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import KV_CACHE_QUANT_REGISTRY
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from saw_int4.sglang_plugin import server_args, verify
+    from saw_int4.sglang_plugin import native, server_args, verify
     from saw_int4.sglang_plugin.quant_method import Int4KVMethod
 
     server_args.register_hooks()  # first: it carries the refusal of everything that fails below
@@ -74,13 +85,15 @@ def _register() -> None:
     server_args.extend_choices()
     for target, wrapper in hooks().items():
         verify.target_exists(target)
-        HookRegistry.register(target, wrapper, HookType.AROUND)
+        if not native.is_seam(target):
+            HookRegistry.register(target, wrapper, HookType.AROUND)
     if ATTENTION_BACKEND not in ATTENTION_BACKENDS:
-        register_attention_backend(ATTENTION_BACKEND)(_make_backend)
+        register_attention_backend(ATTENTION_BACKEND)(make_backend)
     KV_CACHE_QUANT_REGISTRY[KV_CACHE_DTYPE] = Int4KVMethod
 
 
-def _make_backend(model_runner):
+def make_backend(model_runner):
+    """The attention backend's factory, as SGLang's registry calls it."""
     from saw_int4.sglang_plugin.backend import Int4AttentionBackend
 
     return Int4AttentionBackend(model_runner)

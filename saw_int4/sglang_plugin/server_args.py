@@ -49,12 +49,11 @@ def _choices(hint) -> list[str]:
 
 def register_hooks() -> None:
     """Wrap three steps of SGLang's argument resolution, which runs in the process that starts the server."""
-    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    from sglang.srt.arg_groups import resolution_hooks
 
-    register_resolution_hook("handle_cpu_backends")(_choose_backend)
-    register_resolution_hook("handle_kv4_compatibility")(_accept_or_refuse)
-    # The last step that may still change a backend or the dtype.
-    register_resolution_hook("handle_model_capability_adjustments")(_recheck)
+    for step, wrapper in RESOLUTION_STEPS.items():
+        if wrapper not in resolution_hooks._HOOKS.get(step, ()):  # a patched SGLang has it already
+            resolution_hooks.register_resolution_hook(step)(wrapper)
 
 
 def is_int4(server_args) -> bool:
@@ -94,3 +93,11 @@ def _recheck(server_args, previous) -> None:
 
         refusals.check_backends(server_args)
         refusals.check_dtype(server_args)
+
+
+# Steps of SGLang's argument resolution, each with our wrapper ``(server_args, previous)``.
+RESOLUTION_STEPS = {
+    "handle_cpu_backends": _choose_backend,
+    "handle_kv4_compatibility": _accept_or_refuse,
+    "handle_model_capability_adjustments": _recheck,  # the last step that may still change a backend or the dtype
+}

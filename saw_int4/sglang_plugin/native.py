@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE
 
-__all__ = ["ATTENTION_BACKEND", "KV_CACHE_DTYPE", "attention_backends", "int4_seam", "is_seam", "resolution_hooks"]
 
 _MARK = "_saw_int4_seam"
 
@@ -37,6 +36,11 @@ def is_seam(target: str) -> bool:
     except (ImportError, AttributeError):
         return False
     return getattr(function, _MARK, None) == target
+
+
+def kv_cache_dtypes() -> list[str]:
+    """The values of ``--kv-cache-dtype`` that we add."""
+    return [KV_CACHE_DTYPE]
 
 
 def attention_backends() -> dict[str, Callable]:

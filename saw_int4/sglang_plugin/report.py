@@ -23,7 +23,8 @@ def describe(kv_pool) -> dict:
         "capacity_ratio": lead.format.capacity_ratio,
         "bytes_per_token": sum(p.bytes_per_token for p in parts),
         "bfloat16_bytes_per_token": sum(2 * p.layer_num * p.head_num * p.head_dim * 2 for p in parts),
-        "allocated_bytes": sum(sum(p.get_kv_size_bytes()) for p in parts),
+        "bfloat16_bytes_per_token": sum(p.layer_num * p.head_num * p.head_dim * 2 * 2 for p in parts),
+        "allocated_bytes": int(sum(sum(p.get_kv_size_bytes()) for p in parts)),
     }
 
 

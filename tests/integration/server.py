@@ -1,0 +1,103 @@
+"""A real SGLang server as a subprocess, and the few requests that the tests make."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+INSTRUMENTED = [sys.executable, str(HERE / "instrumented_server.py")]
+START_TIMEOUT_S = 400
+READY = "The server is fired up and ready to roll!"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This environment without anybody's SAW_* settings, on CPU, with ``extra``."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SAW_INT4_R", "SAW_TEST_", "HADAMARD"))}
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    return {**clean, "PYTHONPATH": path, "SAW_INT4_CPU_PLATFORM": "1", "TOKENIZERS_PARALLELISM": "false", **extra}
+
+
+class Server:
+    """Starts in the background; ``ready()`` waits; ``stop()`` ends every process it started."""
+
+    def __init__(self, model: Path, log: Path, *args: str, command: list[str] | None = None, **env: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        argv = [*(command or INSTRUMENTED), "--model-path", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
+        argv += ["--sleep-on-idle", "--skip-server-warmup", "--watchdog-timeout", "600", *args]
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                argv, stdout=out, stderr=subprocess.STDOUT, env=environment(**env), start_new_session=True
+            )
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def ready(self) -> Server:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while READY not in self.text():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"server did not start: {self.text()[-6000:]}")
+            time.sleep(0.3)
+        return self
+
+    def wait_for_exit(self, timeout: float = 300) -> str:
+        """The log of a server that is expected to end by itself."""
+        try:
+            self.process.wait(timeout)
+        finally:
+            self.stop()
+        return self.text()
+
+    def stop(self) -> None:
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=10)
+
+    def call(self, path: str, body: dict | None = None, timeout: float = 300):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            text = answer.read().decode()
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(text)
+        return text
+
+    def generate(self, input_ids: list[int], max_new_tokens: int = 1, **more) -> dict:
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        return self.call("/generate", {"input_ids": input_ids, "sampling_params": sampling, **more})
+
+    def prompt_logprobs(self, input_ids: list[int]) -> list[float]:
+        """log p(token i | tokens before it), for i = 1 .. n-1."""
+        answer = self.generate(input_ids, return_logprob=True, logprob_start_len=0)
+        return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+
+    def info(self) -> dict:
+        return self.call("/server_info")
+
+    def state(self) -> dict:
+        return self.info()["internal_states"][0]
+
+    def flush(self) -> None:
+        self.call("/flush_cache", {})
+
+
+def output_logprobs(answer: dict) -> list[tuple[float, int]]:
+    """(log probability, token) of each generated token."""
+    return [(entry[0], entry[1]) for entry in answer["meta_info"]["output_token_logprobs"]]

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE
 
-
 _MARK = "_saw_int4_seam"
 
 

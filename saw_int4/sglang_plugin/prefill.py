@@ -65,7 +65,7 @@ def _exotic_block(q, k, v, mask, sm_scale, logit_cap, sinks, score_shift) -> Ten
     T, H_q, D = q.shape
     H_kv = k.shape[1]
     grouped = q.float().view(T, H_kv, H_q // H_kv, D)
-    logits = torch.einsum("thgd,nhd->thgn", grouped, k.float()).view(T, H_q, -1) * sm_scale
+    logits = torch.einsum("thgd,nhd->thgn", grouped, k.float()).reshape(T, H_q, -1) * sm_scale
     if score_shift is not None:
         logits += score_shift[..., None] * sm_scale
     if logit_cap > 0:
@@ -73,5 +73,5 @@ def _exotic_block(q, k, v, mask, sm_scale, logit_cap, sinks, score_shift) -> Ten
     logits = logits.masked_fill(~mask[:, None], float("-inf"))
     if sinks is not None:
         logits = torch.cat([logits, sinks.float()[None, :, None].expand(T, -1, 1)], dim=-1)
-    weights = logits.softmax(-1)[..., : k.shape[0]].view(T, H_kv, H_q // H_kv, -1)
-    return torch.einsum("thgn,nhd->thgd", weights, v.float()).view(T, H_q, D).to(q.dtype)
+    weights = logits.softmax(-1)[..., : k.shape[0]].reshape(T, H_kv, H_q // H_kv, -1)
+    return torch.einsum("thgn,nhd->thgd", weights, v.float()).reshape(T, H_q, D).to(q.dtype)

@@ -91,7 +91,8 @@ inline const float* vector_or_null(const OptionalTensor& t, int64_t num_kv_heads
 
 inline AppendParams append_params(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache,
                                   const at::Tensor& v_cache, const at::Tensor& slots, int64_t rotation_order,
-                                  bool rotate_v, const OptionalTensor& k_mean, const OptionalTensor& k_inv_scale) {
+                                  bool rotate_v, const OptionalTensor& k_mean, const OptionalTensor& k_inv_scale,
+                                  const OptionalTensor& k_sign) {
   const char* op = "append_kv";
   check_rows(k, op, "k");
   check_rows(v, op, "v");
@@ -109,8 +110,8 @@ inline AppendParams append_params(const at::Tensor& k, const at::Tensor& v, cons
   check_shape(slots, {k.size(0)}, op, "slots", "[T]");
   check_contiguous(slots, op, "slots");
   check_rotation_order(rotation_order, head_dim, op);
-  TORCH_CHECK(k_mean.has_value() == k_inv_scale.has_value(), op, ": one of k_mean and k_inv_scale is missing, ",
-              "expected both (calibrated) or none");
+  TORCH_CHECK(k_mean.has_value() == k_inv_scale.has_value() && k_mean.has_value() == k_sign.has_value(), op,
+              ": one of k_mean, k_inv_scale and k_sign is missing, expected all (calibrated) or none");
   AppendParams p;
   p.k = k.const_data_ptr();
   p.v = v.const_data_ptr();
@@ -128,6 +129,7 @@ inline AppendParams append_params(const at::Tensor& k, const at::Tensor& v, cons
   p.transform.rotate_v = rotate_v;
   p.transform.k_mean = vector_or_null(k_mean, heads, head_dim, k, op, "k_mean");
   p.transform.k_inv_scale = vector_or_null(k_inv_scale, heads, head_dim, k, op, "k_inv_scale");
+  p.transform.k_sign = vector_or_null(k_sign, heads, head_dim, k, op, "k_sign");
   return p;
 }
 
@@ -136,8 +138,8 @@ inline DecodeParams decode_params(const at::Tensor& q, const at::Tensor& k_cache
                                   const at::Tensor& seq_lens, const OptionalTensor& q_indptr, const at::Tensor& out,
                                   const OptionalTensor& lse, const OptionalTensor& workspace, int64_t max_q_len,
                                   int64_t page_size, double sm_scale, int64_t rotation_order, bool rotate_v,
-                                  const OptionalTensor& k_mean, const OptionalTensor& k_scale, double logit_cap,
-                                  int64_t window, const OptionalTensor& sinks, const OptionalTensor& tree_mask) {
+                                  const OptionalTensor& k_mean, const OptionalTensor& k_scale,
+                                  const OptionalTensor& k_sign, double logit_cap, int64_t window, const OptionalTensor& sinks, const OptionalTensor& tree_mask) {
   const char* op = "decode_attention";
   check_rows(q, op, "q");
   const DType dtype = dtype_of(q, op, "q");
@@ -190,8 +192,8 @@ inline DecodeParams decode_params(const at::Tensor& q, const at::Tensor& k_cache
               ", expected 0 (none) or a positive number");
   TORCH_CHECK(window >= -1, op, ": window is ", window, ", expected -1 (none) or the tokens seen before the row");
   check_rotation_order(rotation_order, head_dim, op);
-  TORCH_CHECK(k_mean.has_value() == k_scale.has_value(), op, ": one of k_mean and k_scale is missing, ",
-              "expected both (calibrated) or none");
+  TORCH_CHECK(k_mean.has_value() == k_scale.has_value() && k_mean.has_value() == k_sign.has_value(), op,
+              ": one of k_mean, k_scale and k_sign is missing, expected all (calibrated) or none");
   if (sinks.has_value()) {
     check_device(*sinks, q, op, "sinks");
     check_dtype(*sinks, at::kFloat, op, "sinks");
@@ -236,6 +238,7 @@ inline DecodeParams decode_params(const at::Tensor& q, const at::Tensor& k_cache
   p.transform.rotate_v = rotate_v;
   p.transform.k_mean = vector_or_null(k_mean, kv_heads, head_dim, q, op, "k_mean");
   p.transform.k_scale = vector_or_null(k_scale, kv_heads, head_dim, q, op, "k_scale");
+  p.transform.k_sign = vector_or_null(k_sign, kv_heads, head_dim, q, op, "k_sign");
   p.sm_scale = static_cast<float>(sm_scale);
   p.logit_cap = static_cast<float>(logit_cap);
   p.window = window;
@@ -280,7 +283,8 @@ inline GatherParams gather_params(const at::Tensor& k_cache, const at::Tensor& v
 }
 
 inline TransformRowsParams transform_rows_params(const at::Tensor& x, const at::Tensor& out, int64_t rotation_order,
-                                                 const OptionalTensor& mean, const OptionalTensor& mul) {
+                                                 const OptionalTensor& mean, const OptionalTensor& mul,
+                                                 const OptionalTensor& sign) {
   const char* op = "transform_rows";
   check_rows(x, op, "x");
   const DType dtype = dtype_of(x, op, "x");
@@ -290,11 +294,11 @@ inline TransformRowsParams transform_rows_params(const at::Tensor& x, const at::
   check_contiguous(out, op, "out");
   const int64_t heads = x.size(1), head_dim = x.size(2);
   check_rotation_order(rotation_order, head_dim, op);
-  const OptionalTensor& any = mean.has_value() ? mean : mul;
+  const OptionalTensor& any = mean.has_value() ? mean : mul.has_value() ? mul : sign;
   int64_t kv_heads = heads;
   if (any.has_value()) {
     kv_heads = any->dim() == 2 ? any->size(0) : 0;
-    TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, op, ": mean or mul has shape ", any->sizes(),
+    TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, op, ": mean, mul or sign has shape ", any->sizes(),
                 ", expected [H_kv, D] where H_kv divides the ", heads, " heads of x");
   }
   TransformRowsParams p;
@@ -309,6 +313,7 @@ inline TransformRowsParams transform_rows_params(const at::Tensor& x, const at::
   p.rotation_order = static_cast<int>(rotation_order);
   p.mean = vector_or_null(mean, kv_heads, head_dim, x, op, "mean");
   p.mul = vector_or_null(mul, kv_heads, head_dim, x, op, "mul");
+  p.sign = vector_or_null(sign, kv_heads, head_dim, x, op, "sign");
   return p;
 }
 

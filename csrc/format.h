@@ -14,10 +14,18 @@
 //     t      = FWHT of each block of `order` channels: for stride = 1, 2, 4, ... < order
 //                  (lo, hi) <- (lo + hi, lo - hi)       for every pair of channels `stride` apart
 //              then t * float(order ** -0.5)            when rotated
-//     scale  = fp16((max t - min t) / 15),  offset = fp16(min t), a zero of either sign stored as +0
-//     code   = clamp(round_half_even((t - offset) * (1 / scale)), 0, 15), or 0 when scale is 0
-// A row whose t, scale or offset is not finite stores NaN scale, NaN offset and codes 0: the damage is seen,
-// and stays in that row.
+//     t      = t * sign                                 when the row is calibrated (sign is +1 or -1 per channel)
+//     scale0 = fp16((max t - min t) / 15),  offset0 = fp16(min t)
+//     u      = (t - offset0) * (1 / scale0)
+//     code   = clamp(round_half_even(u), 0, 15)
+// then scale and offset are fitted to the codes by least squares. In integers, so that no order of summation matters:
+//     f      = round_half_even(clamp(u, -1, 16) * 4096);   S1 = sum code, S2 = sum code^2, F = sum f, X = sum code * f
+//     a      = (float(D * X - S1 * F) / float(D * S2 - S1 * S1)) / 4096
+//     b      = (float(F) / 4096 - a * float(S1)) / float(D)
+//     scale  = fp16(scale0 * a),  offset = fp16(offset0 + scale0 * b), a zero of either sign stored as +0
+// Where scale0 is 0 (a constant row) codes are 0, scale is 0 and offset is offset0; where D * S2 == S1 * S1, scale0 and
+// offset0 are kept. A row whose t, scale or offset (either one) is not finite stores NaN scale, NaN offset and codes 0:
+// the damage is seen, and stays in that row.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +41,7 @@ namespace saw_int4 {
 inline constexpr int kFormatVersion = 1;
 inline constexpr int kCodesPerWord = 8;
 inline constexpr int kCodeMax = 15;
+inline constexpr int kFitUnits = 4096;            // the least-squares fit counts u in 1/4096
 inline constexpr int kParamBytes = 4;             // fp16 scale, fp16 offset
 inline constexpr uint16_t kNanParam = 0x7e00;     // the fp16 NaN that marks a damaged row
 

@@ -9,13 +9,15 @@ namespace saw_int4 {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// The exact transform of keys, and of values when rotate_v. mean, scale, inv_scale: fp32 [H_kv, D], or null.
+// The exact transform of keys, K' = sign * H_R((K - mean) / scale), and of values, H_R(V) when rotate_v.
+// mean, scale, inv_scale, sign: fp32 [H_kv, D], all or none null.
 struct TransformParams {
   int rotation_order = 0;             // R; 0 or 1: none
   bool rotate_v = false;              // V gets the same rotation (never mean or scale)
   const float* k_mean = nullptr;      // mu
   const float* k_scale = nullptr;     // s, multiplies q
   const float* k_inv_scale = nullptr; // 1/s, multiplies K - mu
+  const float* k_sign = nullptr;      // +1 or -1, multiplies H_R(..) of keys and of queries
 };
 
 // K, V [T, H_kv, D] -> rows of k_cache, v_cache [num_slots, H_kv, row_bytes(D)] at slots[T].
@@ -83,7 +85,7 @@ struct GatherParams {
   int head_dim = 0;
 };
 
-// y = H_R((x - mean) * mul) row by row: queries, fresh keys, and the way back for outputs (H_R is its own inverse).
+// y = sign * H_R((x - mean) * mul) row by row: queries, fresh keys, and the way back for outputs (H_R is its own inverse).
 struct TransformRowsParams {
   const void* x = nullptr;            // [T, H, D], last two dimensions contiguous
   int64_t x_token_stride = 0;
@@ -96,6 +98,7 @@ struct TransformRowsParams {
   int rotation_order = 0;
   const float* mean = nullptr;        // [H_kv, D] or null
   const float* mul = nullptr;         // [H_kv, D] or null
+  const float* sign = nullptr;        // [H_kv, D] or null
 };
 
 }  // namespace saw_int4

@@ -25,6 +25,7 @@ def append_kv(
     rotate_v: bool = False,
     k_mean: Tensor | None = None,
     k_inv_scale: Tensor | None = None,
+    k_sign: Tensor | None = None,
 ) -> None:
     """Transform, quantize and scatter the K and V of T new tokens into their slots.
 
@@ -33,7 +34,8 @@ def append_kv(
         k_cache, v_cache: mutated at ``slots`` only.
         slots: ``[T]`` int64. A negative slot skips its token; of equal slots any one may win.
         rotation_order: R, 1 for none; V is rotated too when ``rotate_v``.
-        k_mean, k_inv_scale: fp32 ``[H_kv, D]``, mu and 1/s of the calibrated transform; both or none.
+        k_mean, k_inv_scale, k_sign: fp32 ``[H_kv, D]``, mu, 1/s and the signs (+1 or -1, applied after the rotation)
+            of the calibrated transform; all or none.
 
     Raises:
         RuntimeError: a shape, dtype, device or slot is wrong. Nothing has been written then (on a GPU a slot past
@@ -49,6 +51,7 @@ def append_kv(
         rotate_v=rotate_v,
         k_mean=k_mean,
         k_inv_scale=k_inv_scale,
+        k_sign=k_sign,
     )
 
 
@@ -68,6 +71,7 @@ def decode_attention(
     rotate_v: bool = False,
     k_mean: Tensor | None = None,
     k_scale: Tensor | None = None,
+    k_sign: Tensor | None = None,
     logit_cap: float = 0.0,
     window: int = -1,
     sinks: Tensor | None = None,
@@ -89,7 +93,7 @@ def decode_attention(
         q_indptr: int32 ``[B + 1]``, where each request's query rows start; None: ``max_q_len`` rows each.
         max_q_len: upper bound of query rows per request.
         page_size: slots of tokens ``p*page_size .. (p+1)*page_size - 1`` are known to be consecutive.
-        k_mean, k_scale: fp32 ``[H_kv, D]``, mu and s of the calibrated transform; both or none.
+        k_mean, k_scale, k_sign: fp32 ``[H_kv, D]``, mu, s and the signs of the calibrated transform; all or none.
         logit_cap: > 0: logits become ``cap * tanh(logits / cap)``.
         window: >= 0: a row at position p sees tokens ``p - window .. p``.
         sinks: fp32 ``[H_q]``, one extra logit per head in the denominator.
@@ -127,6 +131,7 @@ def decode_attention(
         rotate_v=rotate_v,
         k_mean=k_mean,
         k_scale=k_scale,
+        k_sign=k_sign,
         logit_cap=logit_cap,
         window=window,
         sinks=sinks,
@@ -159,13 +164,19 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_out: Tensor, v_
 
 
 def transform_rows(
-    x: Tensor, *, rotation_order: int, mean: Tensor | None = None, mul: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    *,
+    rotation_order: int,
+    mean: Tensor | None = None,
+    mul: Tensor | None = None,
+    sign: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``H_R((x - mean) * mul)`` row by row: queries, fresh keys, and the way back for outputs.
+    """``sign * H_R((x - mean) * mul)`` row by row: queries, fresh keys, and the way back for outputs.
 
     Args:
         x: ``[T, H, D]`` bfloat16, float16 or float32, any stride between tokens.
-        mean, mul: fp32 ``[H_kv, D]``; head h of x takes row ``h // (H / H_kv)``.
+        mean, mul, sign: fp32 ``[H_kv, D]``, each optional; head h of x takes row ``h // (H / H_kv)``.
         out: like x, contiguous; allocated when None. Mutated. May be x.
 
     Returns:
@@ -173,7 +184,7 @@ def transform_rows(
     """
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _ops.transform_rows(x, out, rotation_order=rotation_order, mean=mean, mul=mul)
+    _ops.transform_rows(x, out, rotation_order=rotation_order, mean=mean, mul=mul, sign=sign)
     return out
 
 

@@ -36,17 +36,20 @@ def hadamard(x: Tensor, order: int) -> Tensor:
     return (y * torch.tensor(order**-0.5, dtype=x.dtype)).reshape(x.shape)
 
 
-def transform_keys(k: Tensor, order: int, mean: Tensor | None = None, inv_scale: Tensor | None = None) -> Tensor:
-    """``H_R((K - mean) * inv_scale)``.
+def transform_keys(
+    k: Tensor, order: int, mean: Tensor | None = None, inv_scale: Tensor | None = None, sign: Tensor | None = None
+) -> Tensor:
+    """``sign * H_R((K - mean) * inv_scale)``.
 
     Args:
         k: ``[T, H_kv, D]`` any floating dtype; float64 stays float64, all else is computed in float32.
-        mean, inv_scale: ``[H_kv, D]`` or None.
+        mean, inv_scale, sign: ``[H_kv, D]``, all or none None.
     """
     x = k if k.dtype == torch.float64 else k.float()
     if mean is not None:
         x = (x - mean.to(x.dtype)) * inv_scale.to(x.dtype)
-    return hadamard(x, order)
+    x = hadamard(x, order)
+    return x if sign is None else x * sign.to(x.dtype)
 
 
 def nibble_position(channel: int) -> tuple[int, int]:
@@ -54,6 +57,31 @@ def nibble_position(channel: int) -> tuple[int, int]:
     word, within = divmod(channel, 8)
     half, step = within % 2, within // 2
     return 4 * word + 2 * half + step // 2, 4 * (step % 2)
+
+
+def fit_to_codes(units: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset that fit the row best, in the least-squares sense, given its codes.
+
+    Args:
+        units: float32 ``[..., D]``, the row in steps of ``scale`` above ``offset``.
+        codes: int64 ``[..., D]``.
+        scale, offset: float16 ``[..., 1]``, the first guess.
+
+    Returns:
+        float16 ``[..., 1]`` each; the first guess where all codes are equal.
+    """
+    n = units.shape[-1]
+    fixed = torch.round(units.clamp(-1, 16) * 4096).long()
+    s1, s2 = codes.sum(-1, keepdim=True), (codes * codes).sum(-1, keepdim=True)
+    total, cross = fixed.sum(-1, keepdim=True), (codes * fixed).sum(-1, keepdim=True)
+    spread = n * s2 - s1 * s1
+    a = ((n * cross - s1 * total).float() / spread.float()) / 4096
+    b = (total.float() / 4096 - a * s1.float()) / float(n)
+    fitted = spread != 0
+    return (
+        torch.where(fitted, (scale.float() * a).half(), scale),
+        torch.where(fitted, (offset.float() + scale.float() * b).half(), offset),
+    )
 
 
 def quantize_rows(t: Tensor) -> Tensor:
@@ -68,11 +96,15 @@ def quantize_rows(t: Tensor) -> Tensor:
     low, high = t.amin(-1, keepdim=True), t.amax(-1, keepdim=True)
     scale = ((high - low) / 15.0).half()
     offset = low.half()
-    offset = torch.where(offset == 0, torch.zeros_like(offset), offset)
     damaged = ~(t.isfinite().all(-1, keepdim=True) & scale.isfinite() & offset.isfinite())
-    inverse = 1.0 / scale.float()
-    codes = torch.round((t - offset.float()) * inverse).clamp(0, 15)
-    codes = torch.where(damaged | (scale == 0), torch.zeros_like(codes), codes).to(torch.uint8)
+    constant = scale == 0
+    units = (t - offset.float()) * (1.0 / scale.float())
+    units = torch.where(damaged | constant, torch.zeros_like(units), units)
+    codes = torch.round(units).clamp(0, 15).long()
+    scale, offset = fit_to_codes(units, codes, scale, offset)
+    offset = torch.where(offset == 0, torch.zeros_like(offset), offset)
+    damaged |= ~(scale.isfinite() & offset.isfinite())
+    codes = torch.where(damaged, torch.zeros_like(codes), codes).to(torch.uint8)
     nan = torch.full_like(scale, math.nan)
     params = torch.cat((torch.where(damaged, nan, scale), torch.where(damaged, nan, offset)), -1)
     param_words = torch.where(params.isnan(), 0x7E00, params.view(torch.int16).int() & 0xFFFF)
@@ -119,9 +151,10 @@ def append_kv(
     rotate_v: bool = False,
     k_mean: Tensor | None = None,
     k_inv_scale: Tensor | None = None,
+    k_sign: Tensor | None = None,
 ) -> None:
     """The oracle of ``ops.append_kv``; mutates the caches at ``slots``."""
-    k_rows = quantize_rows(transform_keys(k, rotation_order, k_mean, k_inv_scale))
+    k_rows = quantize_rows(transform_keys(k, rotation_order, k_mean, k_inv_scale, k_sign))
     v_rows = quantize_rows(hadamard(v.float(), rotation_order if rotate_v else 1))
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
@@ -210,6 +243,7 @@ def decode_attention(
     rotate_v: bool = False,
     k_mean: Tensor | None = None,
     k_scale: Tensor | None = None,
+    k_sign: Tensor | None = None,
     logit_cap: float = 0.0,
     window: int = -1,
     sinks: Tensor | None = None,
@@ -217,7 +251,7 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """The oracle of ``ops.decode_attention``: (out, lse) in float64, by undoing the transform of the cache.
 
-    Keys are brought back as ``H_R(K') * k_scale + k_mean``, so nothing of the kernels' algebra is assumed.
+    Keys are brought back as ``H_R(K' * k_sign) * k_scale + k_mean``, so nothing of the kernels' algebra is assumed.
     """
     out = torch.zeros(q.shape, dtype=torch.float64)
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
@@ -225,7 +259,8 @@ def decode_attention(
         start = b * max_q_len if q_indptr is None else int(q_indptr[b])
         end = start + max_q_len if q_indptr is None else int(q_indptr[b + 1])
         slots = slot_table[table_rows[b], :seq_len].long()
-        k = hadamard(dequantize_rows(k_cache[slots], torch.float64), rotation_order)
+        k = dequantize_rows(k_cache[slots], torch.float64)
+        k = hadamard(k if k_sign is None else k * k_sign.double(), rotation_order)
         v = hadamard(dequantize_rows(v_cache[slots], torch.float64), rotation_order if rotate_v else 1)
         if k_scale is not None:
             k = k * k_scale.double() + k_mean.double()

@@ -13,7 +13,7 @@ static void append_rows(const AppendParams& p, int64_t begin, int64_t end, float
     const int64_t channel = h * p.head_dim, byte = (slot * p.num_kv_heads + h) * row;
     load_row(p.k, t * p.k_token_stride + channel, p.dtype, p.head_dim, scratch);
     transform_row(scratch, p.head_dim, tr.rotation_order, tr.k_mean ? tr.k_mean + channel : nullptr,
-                  tr.k_inv_scale ? tr.k_inv_scale + channel : nullptr);
+                  tr.k_inv_scale ? tr.k_inv_scale + channel : nullptr, tr.k_sign ? tr.k_sign + channel : nullptr);
     quantize_row(scratch, p.head_dim, codes, p.k_cache + byte);
     load_row(p.v, t * p.v_token_stride + channel, p.dtype, p.head_dim, scratch);
     if (tr.rotate_v) hadamard_row(scratch, p.head_dim, tr.rotation_order);

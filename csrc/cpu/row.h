@@ -66,8 +66,9 @@ SAW_INT4_INLINE void hadamard_row(float* t, int head_dim, int order) {
   for (int c = 0; c < head_dim; c += N) store(t + c, load<F>(t + c) * norm);
 }
 
-// t <- H_R((t - mean) * mul); mean and mul may be null.
-SAW_INT4_INLINE void transform_row(float* t, int head_dim, int order, const float* mean, const float* mul) {
+// t <- sign * H_R((t - mean) * mul); mean, mul and sign may be null.
+SAW_INT4_INLINE void transform_row(float* t, int head_dim, int order, const float* mean, const float* mul,
+                                   const float* sign) {
   if (mean != nullptr) {
     for (int c = 0; c < head_dim; c += N) store(t + c, load<F>(t + c) - load<F>(mean + c));
   }
@@ -75,7 +76,26 @@ SAW_INT4_INLINE void transform_row(float* t, int head_dim, int order, const floa
     for (int c = 0; c < head_dim; c += N) store(t + c, load<F>(t + c) * load<F>(mul + c));
   }
   hadamard_row(t, head_dim, order);
+  if (sign != nullptr) {
+    for (int c = 0; c < head_dim; c += N) store(t + c, load<F>(t + c) * load<F>(sign + c));
+  }
 }
+
+// 1.5 * 2^23: adding it rounds a small float to an integer, half to even, and leaves that in the low bits.
+constexpr float kRounder = 12582912.f;
+
+// Least-squares parameters for codes that are already chosen; sums as in format.h.
+SAW_INT4_INLINE void fit_params(int64_t n, int64_t s1, int64_t s2, int64_t total, int64_t cross, uint16_t* params) {
+  const int64_t spread = n * s2 - s1 * s1;
+  if (spread == 0) return;
+  const float a = static_cast<float>(n * cross - s1 * total) / static_cast<float>(spread) / kFitUnits;
+  const float b = (static_cast<float>(total) / kFitUnits - a * static_cast<float>(s1)) / static_cast<float>(n);
+  const float scale = from_half(params[0]), offset = from_half(params[1]);
+  params[0] = to_half(scale * a);
+  params[1] = to_half(offset + scale * b);
+}
+
+SAW_INT4_INLINE bool is_finite_half(uint16_t x) { return (x & 0x7c00u) != 0x7c00u; }
 
 // Codes of 8 channels, a byte each, to their word: even channels to the low half, odd ones to the high half.
 SAW_INT4_INLINE uint32_t pack_word(uint64_t bytes) {
@@ -101,23 +121,36 @@ SAW_INT4_INLINE void quantize_row(const float* t, int head_dim, uint8_t* codes, 
   for (int l = 0; l < N; ++l) any_damage |= damaged[l];
   const float low = lane_min(lows), high = lane_max(highs);
   uint16_t params[2] = {to_half((high - low) / 15.f), to_half(low)};
-  if ((params[1] & 0x7fffu) == 0) params[1] = 0;  // one zero, or equal rows could differ in bytes
-  const bool overflow = (params[0] & 0x7c00u) == 0x7c00u || (params[1] & 0x7c00u) == 0x7c00u;
-  if (any_damage || overflow) params[0] = params[1] = kNanParam;
-  if (any_damage || overflow || params[0] == 0) {
-    __builtin_memset(row, 0, code_bytes(head_dim));
-  } else {
+  bool damage = any_damage || !is_finite_half(params[0]) || !is_finite_half(params[1]);
+  if (!damage && params[0] != 0) {
     const F offset = splat(from_half(params[1])), inverse = splat(1.f / from_half(params[0]));
+    I s1{}, s2{}, total{}, cross{};
     for (int c = 0; c < head_dim; c += N) {
-      F x = (load<F>(t + c) - offset) * inverse;
-      // Clamping first gives the same codes, and lets 1.5 * 2^23 do the rounding: half to even, in the low bits.
-      x = min(max(x, F{}), splat(static_cast<float>(kCodeMax))) + splat(12582912.f);
-      store(codes + c, __builtin_convertvector((U)x & 15u, B));
+      const F u = (load<F>(t + c) - offset) * inverse;
+      // Clamping first gives the same codes.
+      const F rounded = min(max(u, F{}), splat(static_cast<float>(kCodeMax))) + splat(kRounder);
+      const I code = (I)((U)rounded & 15u);
+      store(codes + c, __builtin_convertvector((U)code, B));
+      const F fixed = min(max(u, splat(-1.f)), splat(16.f)) * splat(static_cast<float>(kFitUnits)) + splat(kRounder);
+      const I f = (I)fixed - (I)splat(kRounder);
+      s1 += code;
+      s2 += code * code;
+      total += f;
+      cross += code * f;
     }
-    for (int w = 0; w < head_dim / kCodesPerWord; ++w) {
-      const uint32_t word = pack_word(load<uint64_t>(codes + kCodesPerWord * w));
-      store(row + 4 * w, word);
-    }
+    fit_params(head_dim, lane_sum(s1), lane_sum(s2), lane_sum(total), lane_sum(cross), params);
+    damage = !is_finite_half(params[0]) || !is_finite_half(params[1]);
+  } else {
+    __builtin_memset(codes, 0, head_dim);
+  }
+  if (damage) {
+    __builtin_memset(codes, 0, head_dim);
+    params[0] = params[1] = kNanParam;
+  }
+  if ((params[1] & 0x7fffu) == 0) params[1] = 0;  // one zero, or equal rows could differ in bytes
+  for (int w = 0; w < head_dim / kCodesPerWord; ++w) {
+    const uint32_t word = pack_word(load<uint64_t>(codes + kCodesPerWord * w));
+    store(row + 4 * w, word);
   }
   __builtin_memcpy(row + scale_byte(head_dim), params, sizeof(params));
 }

@@ -158,6 +158,12 @@ SAW_INT4_INLINE float lane_min(F v) {
   return m;
 }
 
+SAW_INT4_INLINE int64_t lane_sum(I v) {
+  int64_t sum = 0;
+  for (int l = 0; l < N; ++l) sum += v[l];
+  return sum;
+}
+
 // exp(x) for x <= 0, within 2 ulp; 0 below -87 (also for -inf), NaN for NaN.
 SAW_INT4_INLINE F exp_nonpositive(F x) {
   const F magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits

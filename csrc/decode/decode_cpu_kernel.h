@@ -28,7 +28,8 @@ static void decode_prepare(const DecodeParams& p, const DecodeScratch& s, int64_
       for (int c = 0; c < p.head_dim; c += N) mean = fma(load<F>(q + c), load<F>(tr.k_mean + channel + c), mean);
     }
     s.q_mean[i] = p.sm_scale * lane_sum(mean);
-    transform_row(q, p.head_dim, tr.rotation_order, nullptr, tr.k_scale ? tr.k_scale + channel : nullptr);
+    transform_row(q, p.head_dim, tr.rotation_order, nullptr, tr.k_scale ? tr.k_scale + channel : nullptr,
+                  tr.k_sign ? tr.k_sign + channel : nullptr);
     F sum{};
     for (int c = 0; c < p.head_dim; c += N) {
       const F scaled = load<F>(q + c) * splat(p.sm_scale);

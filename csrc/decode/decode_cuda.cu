@@ -1,8 +1,8 @@
 // decode_attention on CUDA.
 #include "decode/decode_cuda.h"
 
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -21,13 +21,13 @@ void decode_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::
                       const OptionalTensor& q_indptr, const at::Tensor& out, const OptionalTensor& lse,
                       const OptionalTensor& workspace, int64_t max_q_len, int64_t page_size, double sm_scale,
                       int64_t rotation_order, bool rotate_v, const OptionalTensor& k_mean,
-                      const OptionalTensor& k_scale, double logit_cap, int64_t window, const OptionalTensor& sinks,
-                      const OptionalTensor& tree_mask) {
+                      const OptionalTensor& k_scale, const OptionalTensor& k_sign, double logit_cap, int64_t window,
+                      const OptionalTensor& sinks, const OptionalTensor& tree_mask) {
   const DecodeParams p = decode_params(q, k_cache, v_cache, slot_table, table_rows, seq_lens, q_indptr, out, lse,
                                        workspace, max_q_len, page_size, sm_scale, rotation_order, rotate_v, k_mean,
-                                       k_scale, logit_cap, window, sinks, tree_mask);
+                                       k_scale, k_sign, logit_cap, window, sinks, tree_mask);
   const c10::cuda::CUDAGuard guard(q.device());
-  decode(p, device_limits(q.device().index()), at::cuda::getCurrentCUDAStream());
+  decode(p, device_limits(q.device().index()), c10::cuda::getCurrentCUDAStream());
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The query rows of one KV head as MMA operands: q' = H_R(q * s), then normalised by a power of two to |q'| <= 1 and
+// The query rows of one KV head as MMA operands: q' = sign * H_R(q * s), then normalised by a power of two to |q'| <= 1 and
 // rounded to fp16, so that outliers neither overflow nor flush their row.
 //
 // lane = 4g + c holds, of query row g of each row tile, the channels of words 4j + c, j = 0, 1, ...: exactly what the
@@ -111,6 +111,13 @@ SAW_INT4_DEVICE void load_query(Query<D, NT>& query, const DecodeParams& p, cons
     float largest = 0.f;
     SAW_INT4_UNROLL
     for (int j = 0; j < kWords; ++j) {
+      const int channel = 8 * (4 * j + c);
+      if (p.transform.k_sign != nullptr && channel < D) {
+        float sign[8];
+        load_channels(p.transform.k_sign, kv_head * D + channel, DType::kFloat32, sign);
+        SAW_INT4_UNROLL
+        for (int i = 0; i < 8; ++i) x[j][i] *= sign[i];
+      }
       SAW_INT4_UNROLL
       for (int i = 0; i < 8; ++i) largest = dev::fmax(largest, dev::fmax(x[j][i], -x[j][i]));
     }

@@ -9,8 +9,8 @@ namespace saw_int4 {
 namespace {
 
 void transform_rows(const at::Tensor& x, const at::Tensor& out, int64_t rotation_order, const OptionalTensor& mean,
-                    const OptionalTensor& mul) {
-  const TransformRowsParams p = transform_rows_params(x, out, rotation_order, mean, mul);
+                    const OptionalTensor& mul, const OptionalTensor& sign) {
+  const TransformRowsParams p = transform_rows_params(x, out, rotation_order, mean, mul, sign);
   const CpuKernels& kernels = cpu_kernels();
   at::parallel_for(0, p.num_tokens * p.num_heads, 64, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(p.head_dim);

@@ -9,7 +9,7 @@ static void transform_rows(const TransformRowsParams& p, int64_t begin, int64_t 
     const int64_t t = i / p.num_heads, h = i % p.num_heads, channel = h / group * p.head_dim;
     load_row(p.x, t * p.x_token_stride + h * p.head_dim, p.dtype, p.head_dim, scratch);
     transform_row(scratch, p.head_dim, p.rotation_order, p.mean ? p.mean + channel : nullptr,
-                  p.mul ? p.mul + channel : nullptr);
+                  p.mul ? p.mul + channel : nullptr, p.sign ? p.sign + channel : nullptr);
     store_row(p.y, i * p.head_dim, p.dtype, p.head_dim, scratch);
   }
 }

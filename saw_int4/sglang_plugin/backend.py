@@ -99,6 +99,7 @@ class Int4AttentionBackend(AttentionBackend):
             rotate_v=pool.format.rotate_v,
             k_mean=transform.mean,
             k_scale=transform.scale,
+            k_sign=transform.sign,
             out=out[:n] if whole else None,
             **options,
         )
@@ -118,7 +119,7 @@ class Int4AttentionBackend(AttentionBackend):
             group = q.shape[1] // pool.head_num
             shift = torch.einsum("thd,hd->th", q.float(), transform.mean.repeat_interleave(group, 0))
         result = prefill.attend(
-            ops.transform_rows(q, rotation_order=order, mul=transform.scale),
+            ops.transform_rows(q, rotation_order=order, mul=transform.scale, sign=transform.sign),
             k,
             v,
             first_position=request.prefix_len - low,

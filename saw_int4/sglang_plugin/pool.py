@@ -62,6 +62,7 @@ class Int4KVPool(MHATokenToKVPool):
             rotate_v=self.format.rotate_v,
             k_mean=transform.mean,
             k_inv_scale=transform.inv_scale,
+            k_sign=transform.sign,
         )
 
     def set_kv_buffer_prefix_valid(self, *args, **kwargs) -> None:

@@ -1,4 +1,4 @@
-"""The exact transform of one layer's keys on this rank: K' = H_R((K - mean) * inv_scale), q' = H_R(q * scale)."""
+"""The exact transform of one layer's keys on this rank: K' = sign * H_R((K - mean) * inv_scale), q' = sign * H_R(q * scale)."""
 
 from __future__ import annotations
 
@@ -14,3 +14,4 @@ class KeyTransform:
     mean: Tensor | None = None
     scale: Tensor | None = None
     inv_scale: Tensor | None = None
+    sign: Tensor | None = None

@@ -39,8 +39,9 @@ class EmulatedEngine:
         rotate_v: bool = False,
         k_mean: Tensor | None = None,
         k_inv_scale: Tensor | None = None,
+        k_sign: Tensor | None = None,
     ) -> None:
-        self._library.append_kv(k, v, k_cache, v_cache, slots, rotation_order, rotate_v, k_mean, k_inv_scale)
+        self._library.append_kv(k, v, k_cache, v_cache, slots, rotation_order, rotate_v, k_mean, k_inv_scale, k_sign)
 
     def decode_attention(
         self,
@@ -59,6 +60,7 @@ class EmulatedEngine:
         rotate_v: bool = False,
         k_mean: Tensor | None = None,
         k_scale: Tensor | None = None,
+        k_sign: Tensor | None = None,
         logit_cap: float = 0.0,
         window: int = -1,
         sinks: Tensor | None = None,
@@ -90,6 +92,7 @@ class EmulatedEngine:
             rotate_v,
             k_mean,
             k_scale,
+            k_sign,
             logit_cap,
             window,
             sinks,
@@ -114,11 +117,12 @@ class EmulatedEngine:
         rotation_order: int,
         mean: Tensor | None = None,
         mul: Tensor | None = None,
+        sign: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         if out is None:
             out = torch.full(x.shape, float("nan"), dtype=x.dtype)
-        self._library.transform_rows(x, out, rotation_order, mean, mul)
+        self._library.transform_rows(x, out, rotation_order, mean, mul, sign)
         return out
 
 

@@ -27,8 +27,9 @@ void add_rows(std::vector<Range>& ranges, const char* name, const at::Tensor& t,
 
 void append_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache, const at::Tensor& v_cache,
                const at::Tensor& slots, int64_t rotation_order, bool rotate_v, const OptionalTensor& k_mean,
-               const OptionalTensor& k_inv_scale) {
-  const AppendParams p = append_params(k, v, k_cache, v_cache, slots, rotation_order, rotate_v, k_mean, k_inv_scale);
+               const OptionalTensor& k_inv_scale, const OptionalTensor& k_sign) {
+  const AppendParams p =
+      append_params(k, v, k_cache, v_cache, slots, rotation_order, rotate_v, k_mean, k_inv_scale, k_sign);
   std::vector<Range> ranges;
   add_rows(ranges, "k", k, Access::kRead);
   add_rows(ranges, "v", v, Access::kRead);
@@ -37,6 +38,7 @@ void append_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cac
   add(ranges, "slots", slots, Access::kRead);
   add(ranges, "k_mean", k_mean, Access::kRead);
   add(ranges, "k_inv_scale", k_inv_scale, Access::kRead);
+  add(ranges, "k_sign", k_sign, Access::kRead);
   const Registered registered(ranges);
   append(p);
 }
@@ -46,11 +48,11 @@ void decode_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::
                       const OptionalTensor& q_indptr, const at::Tensor& out, const OptionalTensor& lse,
                       const OptionalTensor& workspace, int64_t max_q_len, int64_t page_size, double sm_scale,
                       int64_t rotation_order, bool rotate_v, const OptionalTensor& k_mean,
-                      const OptionalTensor& k_scale, double logit_cap, int64_t window, const OptionalTensor& sinks,
-                      const OptionalTensor& tree_mask) {
+                      const OptionalTensor& k_scale, const OptionalTensor& k_sign, double logit_cap, int64_t window,
+                      const OptionalTensor& sinks, const OptionalTensor& tree_mask) {
   const DecodeParams p = decode_params(q, k_cache, v_cache, slot_table, table_rows, seq_lens, q_indptr, out, lse,
                                        workspace, max_q_len, page_size, sm_scale, rotation_order, rotate_v, k_mean,
-                                       k_scale, logit_cap, window, sinks, tree_mask);
+                                       k_scale, k_sign, logit_cap, window, sinks, tree_mask);
   std::vector<Range> ranges;
   add_rows(ranges, "q", q, Access::kRead);
   add(ranges, "k_cache", k_cache, Access::kRead);
@@ -64,6 +66,7 @@ void decode_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::
   add(ranges, "workspace", workspace, Access::kScratch);
   add(ranges, "k_mean", k_mean, Access::kRead);
   add(ranges, "k_scale", k_scale, Access::kRead);
+  add(ranges, "k_sign", k_sign, Access::kRead);
   add(ranges, "sinks", sinks, Access::kRead);
   add(ranges, "tree_mask", tree_mask, Access::kRead);
   const Registered registered(ranges);
@@ -84,13 +87,14 @@ void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::T
 }
 
 void transform_rows_op(const at::Tensor& x, const at::Tensor& out, int64_t rotation_order, const OptionalTensor& mean,
-                       const OptionalTensor& mul) {
-  const TransformRowsParams p = transform_rows_params(x, out, rotation_order, mean, mul);
+                       const OptionalTensor& mul, const OptionalTensor& sign) {
+  const TransformRowsParams p = transform_rows_params(x, out, rotation_order, mean, mul, sign);
   std::vector<Range> ranges;
   add_rows(ranges, "x", x, Access::kRead);
   add(ranges, "out", out, Access::kWrite);
   add(ranges, "mean", mean, Access::kRead);
   add(ranges, "mul", mul, Access::kRead);
+  add(ranges, "sign", sign, Access::kRead);
   const Registered registered(ranges);
   transform_rows(p);
 }

@@ -21,7 +21,19 @@ def main(argv: list[str] | None = None) -> None:
     commands.add_parser("serve", help="start SGLang's server (saw-int4 serve --help lists its flags)")
     fmt = commands.add_parser("format", help="say what the cache of a model will hold")
     fmt.add_argument("--head-dim", type=int, required=True)
-    args = parser.parse_args(argv)
+    doctor = commands.add_parser(
+        "doctor", help="check that torch, the extension and SGLang fit; further flags: SGLang's"
+    )
+    doctor.add_argument(
+        "--model", metavar="PATH", help="a checkpoint: say whether int4 would be refused for it, and why"
+    )
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "doctor":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command == "doctor":
+        from saw_int4 import doctor
+
+        sys.exit(doctor.main(args.model, rest))
     if args.command == "format":
         try:
             print(env.resolve()[0].kv_format(args.head_dim).describe())

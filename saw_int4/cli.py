@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from saw_int4 import env
+from saw_int4.calibration import command as calibration_command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     doctor.add_argument(
         "--model", metavar="PATH", help="a checkpoint: say whether int4 would be refused for it, and why"
     )
+    calibrate = commands.add_parser("calibrate", help="fit the key transform of a checkpoint")
+    calibration_command.add_arguments(calibrate)
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "doctor":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -34,11 +37,13 @@ def main(argv: list[str] | None = None) -> None:
         from saw_int4 import doctor
 
         sys.exit(doctor.main(args.model, rest))
-    if args.command == "format":
-        try:
+    try:
+        if args.command == "format":
             print(env.resolve()[0].kv_format(args.head_dim).describe())
-        except ValueError as error:
-            parser.error(str(error))
+        elif args.command == "calibrate":
+            calibration_command.run(args)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""The calibration artifact: one safetensors file, its manifest inside as metadata.
+
+It holds the vectors of every KV head of the model; a rank takes its own part, so that one file serves any TP size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saw_int4.format import FORMAT_VERSION
+
+ARTIFACT_VERSION = 1
+MANIFEST = "saw_int4_calibration"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """mu and s of every attention layer.
+
+    Attributes:
+        mean, scale: layer index -> fp32 ``[H_kv, D]``, all KV heads of the model.
+        manifest: what they belong to and how they came about; see ``build``.
+    """
+
+    mean: dict[int, Tensor]
+    scale: dict[int, Tensor]
+    manifest: dict
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the vectors: what ``KVFormat.calibration`` carries."""
+        return self.manifest["hash"][:16]
+
+    def rank(self, layer: int, tp_rank: int, tp_size: int) -> tuple[Tensor, Tensor]:
+        """(mean, scale) of the KV heads that a tensor-parallel rank holds, ``[max(1, H_kv / tp_size), D]``.
+
+        Ranks outnumbering the heads share them, as consecutive ranks do in SGLang.
+
+        Raises:
+            ValueError: the layer is not in the artifact, or heads and ranks do not divide.
+        """
+        if layer not in self.mean:
+            raise ValueError(
+                f"calibration artifact: layer {layer} is not in it, it has {sorted(self.mean)}. "
+                "Calibrate this model: saw-int4 calibrate --model PATH."
+            )
+        heads = self.mean[layer].shape[0]
+        if max(heads, tp_size) % min(heads, tp_size):
+            raise ValueError(f"calibration artifact: {heads} KV heads cannot be dealt out to {tp_size} ranks.")
+        per_rank = max(1, heads // tp_size)
+        start = tp_rank * heads // tp_size
+        part = slice(start, start + per_rank)
+        return self.mean[layer][part].contiguous(), self.scale[layer][part].contiguous()
+
+    def check(self, **expected) -> None:
+        """Compare manifest fields with what the server has: model, format_version, head_dim, num_kv_heads, ...
+
+        Raises:
+            ValueError: naming the first field that differs.
+        """
+        for field, value in expected.items():
+            if self.manifest[field] != value:
+                raise ValueError(
+                    f"calibration artifact: {field} is {self.manifest[field]!r}, the server has {value!r}. "
+                    "Calibrate for this server (saw-int4 calibrate --model PATH), or serve without calibration "
+                    "(--saw-calibration none)."
+                )
+
+
+def build(mean: dict[int, Tensor], scale: dict[int, Tensor], **manifest) -> Calibration:
+    """A calibration from its vectors, shapes and hash filled in.
+
+    Args:
+        manifest: at least ``model`` (fingerprint) and ``rotation_order``; any JSON values.
+    """
+    heads, head_dim = next(iter(mean.values())).shape
+    manifest = {
+        "artifact_version": ARTIFACT_VERSION,
+        "format_version": FORMAT_VERSION,
+        "layers": sorted(mean),
+        "num_kv_heads": heads,
+        "head_dim": head_dim,
+        **manifest,
+    }
+    manifest["hash"] = _hash(mean, scale, manifest["rotation_order"])
+    return Calibration(mean, scale, manifest)
+
+
+def save(calibration: Calibration, path: Path) -> None:
+    """Write the artifact; whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for layer in calibration.mean:
+        tensors[f"layers.{layer}.k_mean"] = calibration.mean[layer].contiguous()
+        tensors[f"layers.{layer}.k_scale"] = calibration.scale[layer].contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={MANIFEST: json.dumps(calibration.manifest, sort_keys=True)})
+    partial.replace(path)
+
+
+def load(path: Path) -> Calibration:
+    """Read an artifact.
+
+    Raises:
+        ValueError: not an artifact, of another version, damaged, or with vectors that are not finite and positive.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"calibration artifact {path}: cannot be read ({error}). Write one: saw-int4 calibrate."
+        ) from error
+    if MANIFEST not in metadata:
+        raise ValueError(f"calibration artifact {path}: it has no manifest; expected a file of saw-int4 calibrate.")
+    manifest = json.loads(metadata[MANIFEST])
+    for field, value in (("artifact_version", ARTIFACT_VERSION), ("format_version", FORMAT_VERSION)):
+        if manifest.get(field) != value:
+            raise ValueError(
+                f"calibration artifact {path}: {field} is {manifest.get(field)}, this version reads {value}. "
+                "Calibrate again: saw-int4 calibrate."
+            )
+    mean = {layer: tensors[f"layers.{layer}.k_mean"] for layer in manifest["layers"]}
+    scale = {layer: tensors[f"layers.{layer}.k_scale"] for layer in manifest["layers"]}
+    found = _hash(mean, scale, manifest["rotation_order"])
+    if found != manifest["hash"]:
+        raise ValueError(
+            f"calibration artifact {path}: hash is {found}, its manifest says {manifest['hash']}: damaged."
+        )
+    for layer in mean:
+        if not (mean[layer].isfinite().all() and scale[layer].isfinite().all() and (scale[layer] > 0).all()):
+            raise ValueError(f"calibration artifact {path}: layer {layer} has values that are not finite and positive.")
+    return Calibration(mean, scale, manifest)
+
+
+def _hash(mean: dict[int, Tensor], scale: dict[int, Tensor], rotation_order: int) -> str:
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {rotation_order}".encode())
+    for layer in sorted(mean):
+        for vector in (mean[layer], scale[layer]):
+            digest.update(f"{layer} {tuple(vector.shape)}".encode())
+            digest.update(vector.to(torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()

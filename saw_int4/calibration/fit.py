@@ -1,0 +1,151 @@
+"""From statistics to mu and s, and what they are worth on held-out tokens.
+
+Per KV head and channel::
+
+    mu = mean of k                       a constant in the keys costs nothing then
+    s  = sqrt(std of k / rms of q)       noise spread evenly over K' hurts every channel of q' alike, which makes the
+                                         result independent of how the checkpoint splits scale between q and k
+
+mu is then moved by less than one quantization step, so that the mean first key of a sequence, on which many heads
+park most of their attention, falls exactly on the grid of its own row. That key hardly varies between prompts in such
+heads, so its error, which would shift every query's largest logit, nearly vanishes.
+
+A head keeps these only where held-out attention is closer to exact with them than with the plain rotation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saw_int4 import ops
+from saw_int4.calibration.statistics import HeldOut, LayerStatistics
+from saw_int4.format import row_bytes
+
+PLAIN, CENTRED, BALANCED = "plain", "centred", "balanced"
+
+
+@dataclass
+class LayerFit:
+    """One layer's transform and what was measured of it.
+
+    Attributes:
+        mean, scale: fp32 ``[H_kv, D]`` on CPU: mu and s.
+        choice: per KV head, PLAIN, CENTRED or BALANCED.
+        kl: per KV head, mean KL divergence (nats) of held-out attention distributions with this transform.
+        kl_plain: the same with mu = 0 and s = 1.
+        v_error, v_error_rotated: relative RMS error of the held-out attention output from V alone.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    choice: list[str]
+    kl: list[float]
+    kl_plain: list[float]
+    v_error: float
+    v_error_rotated: float
+
+
+def fit_layer(statistics: LayerStatistics, rotation_order: int) -> LayerFit:
+    """Fit one layer for one rotation order (1: none)."""
+    held_out = statistics.held_out
+    mean = statistics.k_mean.float()
+    ones = torch.ones_like(mean)
+    balanced = balance(statistics.k_std, statistics.q_rms).float()
+    first = statistics.first_key
+    candidates = {
+        PLAIN: (torch.zeros_like(mean), ones),
+        CENTRED: (align(mean, ones, first, rotation_order), ones),
+        BALANCED: (align(mean, balanced, first, rotation_order), balanced),
+    }
+    exact = attention_logits(held_out)
+    divergence = {name: key_divergence(held_out, exact, *c, rotation_order) for name, c in candidates.items()}
+    choice = [min(candidates, key=lambda name: float(divergence[name][h])) for h in range(len(mean))]
+
+    def chosen(of: int) -> Tensor:
+        return torch.stack([candidates[name][of][h] for h, name in enumerate(choice)]).cpu()
+
+    return LayerFit(
+        mean=chosen(0),
+        scale=chosen(1),
+        choice=choice,
+        kl=[float(divergence[name][h]) for h, name in enumerate(choice)],
+        kl_plain=divergence[PLAIN].tolist(),
+        v_error=value_error(held_out, exact, 1),
+        v_error_rotated=value_error(held_out, exact, rotation_order),
+    )
+
+
+def balance(k_std: Tensor, q_rms: Tensor) -> Tensor:
+    """``s`` float64 ``[H_kv, D]``, with the spread of ``k / s`` one on average, far inside the range of fp16.
+
+    A channel that the calibration text left dead (or a whole dead head) gets the floor of its head: s must neither
+    vanish nor overflow when another text wakes it.
+    """
+
+    def floored(x: Tensor) -> Tensor:
+        floor = torch.maximum(1e-2 * x.median(-1, keepdim=True).values, 1e-6 * x.amax(-1, keepdim=True))
+        return torch.where(floor > 0, torch.maximum(x, floor), torch.ones_like(x))
+
+    k_std = floored(k_std)
+    s = (k_std / floored(q_rms)).sqrt()
+    return s * (k_std / s).square().mean(-1, keepdim=True).sqrt()
+
+
+def align(mean: Tensor, scale: Tensor, key: Tensor, rotation_order: int) -> Tensor:
+    """mu near ``mean`` for which ``key`` is quantized without error. All fp32 ``[H_kv, D]``.
+
+    The rows of a grid are closed under quantization: where ``key - mu`` is what quantization made of it, doing it
+    again changes nothing. So mu takes up the error.
+    """
+    transformed = transform(key[None], mean, scale, rotation_order)
+    error = round_trip(transformed) - transformed
+    return mean - ops.transform_rows(error, rotation_order=rotation_order)[0] * scale
+
+
+def transform(k: Tensor, mean: Tensor, scale: Tensor, rotation_order: int) -> Tensor:
+    """``H_R((k - mean) / scale)`` of fp32 ``[T, H_kv, D]``."""
+    return ops.transform_rows(k.contiguous(), rotation_order=rotation_order, mean=mean, mul=1 / scale)
+
+
+def round_trip(x: Tensor) -> Tensor:
+    """Rows fp32 ``[T, H, D]`` as the cache gives them back; by the operators themselves, so exactly."""
+    slots = torch.arange(x.shape[0], device=x.device)
+    k_rows, v_rows = (x.new_zeros(*x.shape[:2], row_bytes(x.shape[2]), dtype=torch.uint8) for _ in range(2))
+    ops.append_kv(x, x, k_rows, v_rows, slots, rotation_order=1)
+    out, same = torch.empty_like(x), torch.empty_like(x)
+    ops.gather_kv(k_rows, v_rows, slots.int(), out, same)
+    return out
+
+
+def attention_logits(sample: HeldOut) -> Tensor:
+    """``[n, H_q, T]``, -inf where unseen."""
+    group = sample.q.shape[1] // sample.k.shape[1]
+    logits = torch.einsum("nhd,thd->nht", sample.q, sample.k.repeat_interleave(group, 1)) * sample.sm_scale
+    return logits.masked_fill(~sample.seen[:, None], float("-inf"))
+
+
+def key_divergence(sample: HeldOut, exact: Tensor, mean: Tensor, scale: Tensor, rotation_order: int) -> Tensor:
+    """Per KV head ``[H_kv]``: mean KL(exact attention || attention over quantized keys), nats."""
+    keys = transform(sample.k, mean, scale, rotation_order)
+    group = sample.q.shape[1] // sample.k.shape[1]
+    q = ops.transform_rows(sample.q.contiguous(), rotation_order=rotation_order, mul=scale)
+    # The transform is exact, so only the rows' error moves the logits.
+    error = (round_trip(keys) - keys).repeat_interleave(group, 1)
+    quantized = exact + torch.einsum("nhd,thd->nht", q, error) * sample.sm_scale
+    p = exact.softmax(-1)
+    terms = p * (exact.log_softmax(-1) - quantized.log_softmax(-1)).masked_fill(~sample.seen[:, None], 0.0)
+    return terms.sum(-1).unflatten(1, (-1, group)).mean((0, 2))
+
+
+def value_error(sample: HeldOut, exact: Tensor, rotation_order: int) -> float:
+    """Relative RMS error of the attention output when only V is quantized."""
+    group = sample.q.shape[1] // sample.v.shape[1]
+    values = ops.transform_rows(sample.v.contiguous(), rotation_order=rotation_order)
+    error = (round_trip(values) - values).repeat_interleave(group, 1)
+    p = exact.softmax(-1)
+    noise = torch.einsum("nht,thd->nhd", p, error)
+    signal = torch.einsum("nht,thd->nhd", p, values.repeat_interleave(group, 1))
+    return float((noise.square().sum() / signal.square().sum().clamp_min(1e-30)).sqrt())

@@ -18,6 +18,10 @@ SAW_INT4_DEVICE uint32_t lop3_and_or(uint32_t x, uint32_t mask, uint32_t bits) {
 SAW_INT4_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
 }
+// c + the four products of the bytes of a and b, all unsigned.
+SAW_INT4_DEVICE uint32_t dot_u8x4(uint32_t a, uint32_t b, uint32_t c) {
+  return __dp4a(a, b, c);
+}
 // High 32 bits of the product.
 SAW_INT4_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) {
   return __umulhi(a, b);
@@ -82,16 +86,23 @@ SAW_INT4_DEVICE float div_rn(float a, float b) {
 SAW_INT4_DEVICE float fma_rn(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 }
-// Round half to even, then to int; |x| < 2^31.
-SAW_INT4_DEVICE int round_to_int_rn(float x) {
-  return __float2int_rn(x);
-}
 // The other operand when one is NaN.
 SAW_INT4_DEVICE float fmin(float a, float b) {
   return fminf(a, b);
 }
 SAW_INT4_DEVICE float fmax(float a, float b) {
   return fmaxf(a, b);
+}
+// NaN when either operand is.
+SAW_INT4_DEVICE float fmin_nan(float a, float b) {
+  float d;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+SAW_INT4_DEVICE float fmax_nan(float a, float b) {
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
 }
 SAW_INT4_DEVICE bool is_finite(float x) {
   return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u;

@@ -30,8 +30,12 @@ void launch(const char* name, void (*kernel)(KernelArgs...), int grid, int block
   if (shared_bytes > 48 * 1024)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status == cudaSuccess) {
-    kernel<<<grid, block, shared_bytes, stream> > >(args...);
-    status = cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(grid);
+    config.blockDim = dim3(block);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    status = cudaLaunchKernelEx(&config, kernel, args...);
   }
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("saw_int4: launch of ") + name + " (grid " + std::to_string(grid) +

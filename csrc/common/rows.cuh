@@ -7,27 +7,54 @@
 
 namespace saw_int4 {
 
-// x[0..7] <- channels index .. index + 7, index a multiple of 8 and the base 16-byte aligned.
-SAW_INT4_DEVICE void load_channels(const void* base, int64_t index, DType dtype, float (&x)[8]) {
-  if (dtype == DType::kFloat32) {
+// Eight channels as they lie in memory: fetched first, widened when needed, so that many loads are in flight.
+template <DType kType>
+struct Channels {
+  static constexpr int kVectors = kType == DType::kFloat32 ? 2 : 1;
+  uint4 raw[kVectors];
+
+  // Channels index .. index + 7, index a multiple of 8 and the base 16-byte aligned. kWritten: of memory that the
+  // same launch writes.
+  template <bool kWritten = false>
+  SAW_INT4_DEVICE void load(const void* base, int64_t index) {
+    constexpr int kBytes = kType == DType::kFloat32 ? 4 : 2;
+    const auto* p = reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(base) + index * kBytes);
     SAW_INT4_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const float4 v = dev::ld_global(reinterpret_cast<const float4*>(static_cast<const float*>(base) + index) + h);
-      x[4 * h + 0] = v.x;
-      x[4 * h + 1] = v.y;
-      x[4 * h + 2] = v.z;
-      x[4 * h + 3] = v.w;
+    for (int i = 0; i < kVectors; ++i) raw[i] = kWritten ? dev::ld_global_coherent(p + i) : dev::ld_global(p + i);
+  }
+
+  SAW_INT4_DEVICE void widen(float (&x)[8]) const {
+    SAW_INT4_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      const uint32_t words[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+      SAW_INT4_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (kType == DType::kFloat32) {
+          x[4 * i + j] = dev::bits_float(words[j]);
+        } else {
+          const auto lo = static_cast<uint16_t>(words[j]), hi = static_cast<uint16_t>(words[j] >> 16);
+          x[2 * j] = kType == DType::kFloat16 ? dev::f16_to_float(lo) : dev::bf16_to_float(lo);
+          x[2 * j + 1] = kType == DType::kFloat16 ? dev::f16_to_float(hi) : dev::bf16_to_float(hi);
+        }
+      }
     }
-    return;
   }
-  const uint4 v = dev::ld_global(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + index));
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-  SAW_INT4_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const auto lo = static_cast<uint16_t>(words[i]), hi = static_cast<uint16_t>(words[i] >> 16);
-    x[2 * i] = dtype == DType::kFloat16 ? dev::f16_to_float(lo) : dev::bf16_to_float(lo);
-    x[2 * i + 1] = dtype == DType::kFloat16 ? dev::f16_to_float(hi) : dev::bf16_to_float(hi);
-  }
+};
+
+// x[0..7] <- channels index .. index + 7, whatever their dtype.
+template <DType kType>
+SAW_INT4_DEVICE void load_channels_as(const void* base, int64_t index, float (&x)[8]) {
+  Channels<kType> channels;
+  channels.load(base, index);
+  channels.widen(x);
+}
+SAW_INT4_DEVICE void load_channels(const void* base, int64_t index, DType dtype, float (&x)[8]) {
+  if (dtype == DType::kFloat32)
+    load_channels_as<DType::kFloat32>(base, index, x);
+  else if (dtype == DType::kFloat16)
+    load_channels_as<DType::kFloat16>(base, index, x);
+  else
+    load_channels_as<DType::kBFloat16>(base, index, x);
 }
 
 // Two floats as two 16-bit values, rounded to nearest even.
@@ -35,16 +62,17 @@ SAW_INT4_DEVICE uint32_t pack_pair(float lo, float hi, DType dtype) {
   return dtype == DType::kFloat16 ? dev::pack_f16x2(lo, hi) : dev::pack_bf16x2(lo, hi);
 }
 
-SAW_INT4_DEVICE void store_channels(void* base, int64_t index, DType dtype, const float (&x)[8]) {
-  if (dtype == DType::kFloat32) {
+template <DType kType>
+SAW_INT4_DEVICE void store_channels(void* base, int64_t index, const float (&x)[8]) {
+  if constexpr (kType == DType::kFloat32) {
     float4* p = reinterpret_cast<float4*>(static_cast<float*>(base) + index);
     dev::st_global(p, float4{x[0], x[1], x[2], x[3]});
     dev::st_global(p + 1, float4{x[4], x[5], x[6], x[7]});
-    return;
+  } else {
+    const uint4 v{pack_pair(x[0], x[1], kType), pack_pair(x[2], x[3], kType), pack_pair(x[4], x[5], kType),
+                  pack_pair(x[6], x[7], kType)};
+    dev::st_global(reinterpret_cast<uint4*>(static_cast<uint16_t*>(base) + index), v);
   }
-  const uint4 v{pack_pair(x[0], x[1], dtype), pack_pair(x[2], x[3], dtype), pack_pair(x[4], x[5], dtype),
-                pack_pair(x[6], x[7], dtype)};
-  dev::st_global(reinterpret_cast<uint4*>(static_cast<uint16_t*>(base) + index), v);
 }
 
 // order ** -0.5, rounded to fp32: exact for even powers of two, sqrt(1/2) times such a one for odd powers.
@@ -79,6 +107,58 @@ SAW_INT4_DEVICE void hadamard(float (&x)[N], int order) {
       for (int i = 0; i < N; ++i) {
         const float other = dev::shfl_xor(x[i], mask);
         x[i] = upper ? dev::sub_rn(other, x[i]) : dev::add_rn(x[i], other);
+      }
+    }
+  }
+}
+
+// A row spread over 8 lanes, as append, gather and transform_rows hold it: lane i of them has words i, i + 8, ... (a
+// word is 8 channels), so that loads are contiguous, and words past the row's end are lanes that only take part in
+// shuffles.
+inline constexpr int kLanesPerRow = 8;
+constexpr int words_per_lane(int head_dim) {
+  return (head_dim + 63) / 64;
+}
+
+// Unnormalised Hadamard transform of such a row, strides ascending as format.h says. A shuffled butterfly is one FMA:
+// +-1 * x + other rounds like the addition it is.
+template <int WORDS>
+SAW_INT4_DEVICE void hadamard_row(float (&x)[WORDS][8], int order) {
+  SAW_INT4_UNROLL
+  for (int stride = 1; stride < 8; stride *= 2) {
+    if (stride >= order) continue;
+    SAW_INT4_UNROLL
+    for (int k = 0; k < WORDS; ++k) {
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        if (i & stride) continue;
+        const float lo = x[k][i], hi = x[k][i + stride];
+        x[k][i] = dev::add_rn(lo, hi);
+        x[k][i + stride] = dev::sub_rn(lo, hi);
+      }
+    }
+  }
+  SAW_INT4_UNROLL
+  for (int mask = 1; mask < kLanesPerRow; mask *= 2) {
+    if (8 * mask >= order) continue;
+    const float sign = dev::lane_id() & mask ? -1.f : 1.f;
+    SAW_INT4_UNROLL
+    for (int k = 0; k < WORDS; ++k) {
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 8; ++i) x[k][i] = dev::fma_rn(sign, x[k][i], dev::shfl_xor(x[k][i], mask));
+    }
+  }
+  SAW_INT4_UNROLL
+  for (int step = 1; step < WORDS; step *= 2) {
+    if (64 * step >= order) continue;
+    SAW_INT4_UNROLL
+    for (int k = 0; k < WORDS; ++k) {
+      if ((k & step) || k + step >= WORDS) continue;  // a row of 192 is not rotated across words
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const float lo = x[k][i], hi = x[k + step][i];
+        x[k][i] = dev::add_rn(lo, hi);
+        x[k + step][i] = dev::sub_rn(lo, hi);
       }
     }
   }

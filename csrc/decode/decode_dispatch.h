@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/dispatch.h"
 #include "common/launch.h"
 #include "decode/config.h"
 
@@ -17,9 +18,7 @@ void launch_decode(const DecodeParams& p, const DecodePlan& plan, Stream stream)
 inline void check_decode(const DecodeParams& p, const DecodePlan& plan) {
   const auto fail = [](const std::string& text) { throw std::runtime_error("decode_attention: " + text); };
   if (p.dtype == DType::kFloat32) fail("q is float32, the CUDA kernel takes bfloat16 or float16; convert q and out");
-  if (reinterpret_cast<uintptr_t>(p.q) % 16 != 0 || p.q_token_stride % 8 != 0)
-    fail("q has a token stride of " + std::to_string(p.q_token_stride) +
-         " elements, expected a multiple of 8 and a 16-byte aligned start; call .contiguous()");
+  check_row_alignment(p.q, p.q_token_stride, p.dtype, "decode_attention", "q");
   if (reinterpret_cast<uintptr_t>(p.k_cache) % 16 != 0 || reinterpret_cast<uintptr_t>(p.v_cache) % 16 != 0)
     fail("k_cache or v_cache does not start at a multiple of 16 bytes; pass the whole pool tensor");
   const int64_t needed = 2 * plan.blocks * plan.piece_floats * 4 + p.num_query_rows * p.num_q_heads * 4;
@@ -30,31 +29,9 @@ inline void check_decode(const DecodeParams& p, const DecodePlan& plan) {
 
 inline void decode(const DecodeParams& p, const DeviceLimits& limits, Stream stream) {
   if (p.num_requests == 0) return;
-  const auto launch_with = [&](auto launch_head_dim) {
-    const DecodePlan plan =
-        decode_plan({p.head_dim, p.num_q_heads, p.num_kv_heads, p.num_requests, p.max_q_len}, limits);
-    check_decode(p, plan);
-    launch_head_dim(p, plan, stream);
-  };
-  switch (p.head_dim) {
-    case 64:
-      return launch_with(&launch_decode<64>);
-    case 80:
-      return launch_with(&launch_decode<80>);
-    case 96:
-      return launch_with(&launch_decode<96>);
-    case 112:
-      return launch_with(&launch_decode<112>);
-    case 128:
-      return launch_with(&launch_decode<128>);
-    case 192:
-      return launch_with(&launch_decode<192>);
-    case 256:
-      return launch_with(&launch_decode<256>);
-    default:
-      throw std::runtime_error("decode_attention: head_dim is " + std::to_string(p.head_dim) +
-                               ", the CUDA kernel is built for 64, 80, 96, 112, 128, 192 and 256");
-  }
+  const DecodePlan plan = decode_plan({p.head_dim, p.num_q_heads, p.num_kv_heads, p.num_requests, p.max_q_len}, limits);
+  check_decode(p, plan);
+  dispatch_head_dim(p.head_dim, "decode_attention", [&](auto head_dim) { launch_decode<head_dim()>(p, plan, stream); });
 }
 
 }  // namespace saw_int4

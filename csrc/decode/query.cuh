@@ -1,5 +1,5 @@
-// The query rows of one KV head as MMA operands: q' = sign * H_R(q * s), then normalised by a power of two to |q'| <= 1 and
-// rounded to fp16, so that outliers neither overflow nor flush their row.
+// The query rows of one KV head as MMA operands: q' = sign * H_R(q * s), then normalised by a power of two to |q'| <= 1
+// and rounded to fp16, so that outliers neither overflow nor flush their row.
 //
 // lane = 4g + c holds, of query row g of each row tile, the channels of words 4j + c, j = 0, 1, ...: exactly what the
 // B fragments of k-steps 2j and 2j + 1 need. Hadamard strides 1, 2, 4 lie in a lane, 8 and 16 across c, the rest across
@@ -107,6 +107,15 @@ SAW_INT4_DEVICE void load_query(Query<D, NT>& query, const DecodeParams& p, cons
           x[j + mask][i] = lo - hi;
         }
       }
+    }
+    SAW_INT4_UNROLL
+    for (int j = 0; j < kWords; ++j) {
+      const int channel = 8 * (4 * j + c);
+      if (p.transform.k_sign == nullptr || channel >= D) continue;
+      float sign[8];
+      load_channels(p.transform.k_sign, kv_head * D + channel, DType::kFloat32, sign);
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 8; ++i) x[j][i] *= sign[i];
     }
     float largest = 0.f;
     SAW_INT4_UNROLL

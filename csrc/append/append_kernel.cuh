@@ -1,0 +1,194 @@
+// K and V of T new tokens -> INT4 rows at their slots: t = sign * H_R((x - mu) / s), then 4-bit codes and their
+// fitted scale and offset, byte for byte as format.h states and csrc/cpu computes it (nothing is contracted).
+//
+// 8 lanes per (token, head), K and V of it together: lane i loads words i, i + 8, ... of both rows (16 bytes each, all
+// in flight before the first use) and stores the same words of codes. Hadamard strides 1, 2, 4 lie in a lane, 8 to 32
+// across lanes, 64 and 128 in a lane again; minimum and maximum take 3 shuffles each.
+//
+// Bound: HBM. A head_dim 256 row of K and V moves 2 * (512 + 132) bytes, 95 cycles of an H100 SM's share = 380 issue
+// slots; README.md counts what the warp spends on four of them.
+// Assumes: k, v 16-byte aligned with token strides of whole 16 bytes; equal slots race, any one wins.
+#pragma once
+
+#include "common/rows.cuh"
+#include "format.h"
+
+namespace saw_int4 {
+
+inline constexpr int kAppendThreads = 256;
+inline constexpr int kAppendRows = kAppendThreads / kLanesPerRow;  // (token, head) pairs per block
+
+// Adding 1.5 * 2^23 rounds a small float to an integer, half to even, and leaves it in the low bits. Sums of such bits
+// are taken modulo 2^32 and the constant removed once: no conversion, no mask.
+inline constexpr float kRounder = 12582912.f;
+inline constexpr uint32_t kRounderBits = 0x4b400000u;
+
+// Sums over a row of format.h's fit: of the codes, their squares, f, and code * f.
+struct FitSums {
+  uint32_t s1 = 0, s2 = 0, total = 0, cross = 0;
+};
+
+template <int D>
+SAW_INT4_DEVICE void fit(FitSums sums, float& scale, float& offset) {
+  uint32_t squares_and_codes = sums.s2 << 16 | sums.s1;  // 15^2 * 256 < 2^16, 15 * 256 < 2^16
+  SAW_INT4_UNROLL
+  for (int mask = 1; mask < kLanesPerRow; mask *= 2) {
+    squares_and_codes += dev::shfl_xor(squares_and_codes, mask);
+    sums.total += dev::shfl_xor(sums.total, mask);
+    sums.cross += dev::shfl_xor(sums.cross, mask);
+  }
+  const int64_t s1 = squares_and_codes & 0xffffu, s2 = squares_and_codes >> 16;
+  const int64_t total = static_cast<int32_t>(sums.total), cross = static_cast<int32_t>(sums.cross);
+  const int64_t spread = D * s2 - s1 * s1;
+  if (spread == 0) return;
+  constexpr float kUnit = 1.f / kFitUnits;  // a power of two: dividing and multiplying round alike
+  const float a =
+      dev::mul_rn(dev::div_rn(static_cast<float>(D * cross - s1 * total), static_cast<float>(spread)), kUnit);
+  const float b = dev::div_rn(
+      dev::sub_rn(dev::mul_rn(static_cast<float>(total), kUnit), dev::mul_rn(a, static_cast<float>(s1))), float(D));
+  const float first_scale = scale;
+  scale = dev::mul_rn(first_scale, a);
+  offset = dev::add_rn(offset, dev::mul_rn(first_scale, b));
+}
+
+// Codes of 8 channels of a row, and their share of the fit.
+SAW_INT4_DEVICE uint32_t quantize_word(const float (&t)[8], float offset, float inverse, FitSums& sums) {
+  uint32_t word = 0, total = 0, cross = 0, bias = 0;
+  SAW_INT4_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const float u = dev::mul_rn(dev::sub_rn(t[i], offset), inverse);
+    const float code = dev::fmin(dev::fmax(u, 0.f), float(kCodeMax));
+    const float fixed = dev::fmin(dev::fmax(u, -1.f), float(kCodeMax + 1));
+    const uint32_t code_bits = dev::float_bits(dev::add_rn(code, kRounder));
+    const uint32_t fixed_bits = dev::float_bits(dev::fma_rn(fixed, float(kFitUnits), kRounder));
+    word += code_bits << bit_of_channel(i);
+    bias += kRounderBits << bit_of_channel(i);
+    total += fixed_bits;
+    cross += code_bits * fixed_bits;
+  }
+  word -= bias;
+  total -= 8 * kRounderBits;
+  const uint32_t even = word & 0x0f0f0f0fu, odd = word >> 4 & 0x0f0f0f0fu;
+  const uint32_t s1 = dev::dot_u8x4(even, 0x01010101u, dev::dot_u8x4(odd, 0x01010101u, 0));
+  sums.s1 += s1;
+  sums.s2 = dev::dot_u8x4(even, even, dev::dot_u8x4(odd, odd, sums.s2));
+  sums.total += total;
+  sums.cross += cross - kRounderBits * (s1 + total) - 8 * kRounderBits * kRounderBits;
+  return word;
+}
+
+// The lane's words of one row to codes; the row's lane 0 writes the parameters. row: first byte, 4-byte aligned.
+template <int D>
+SAW_INT4_DEVICE void quantize_row(const float (&t)[words_per_lane(D)][8], uint8_t* row, bool active) {
+  constexpr int kWords = words_per_lane(D), kRowWords = D / kCodesPerWord;
+  const int lane = dev::lane_id() % kLanesPerRow;
+  // NaN wins both, so that one bad channel marks the row.
+  float low = INFINITY, high = -INFINITY;
+  SAW_INT4_UNROLL
+  for (int k = 0; k < kWords; ++k) {
+    if (kLanesPerRow * k + lane >= kRowWords) continue;
+    SAW_INT4_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      low = dev::fmin_nan(low, t[k][i]);
+      high = dev::fmax_nan(high, t[k][i]);
+    }
+  }
+  SAW_INT4_UNROLL
+  for (int mask = 1; mask < kLanesPerRow; mask *= 2) {
+    low = dev::fmin_nan(low, dev::shfl_xor(low, mask));
+    high = dev::fmax_nan(high, dev::shfl_xor(high, mask));
+  }
+  float scale = dev::f16_to_float(dev::float_to_f16(dev::div_rn(dev::sub_rn(high, low), float(kCodeMax))));
+  float offset = dev::f16_to_float(dev::float_to_f16(low));
+  bool finite = dev::is_finite(scale) && dev::is_finite(offset);
+  const bool constant = scale == 0.f;
+  const float inverse = dev::div_rn(1.f, scale);
+  uint32_t words[kWords];
+  FitSums sums;
+  SAW_INT4_UNROLL
+  for (int k = 0; k < kWords; ++k) {
+    words[k] = 0;
+    if (kLanesPerRow * k + lane < kRowWords) words[k] = quantize_word(t[k], offset, inverse, sums);
+  }
+  float fitted_scale = scale, fitted_offset = offset;
+  fit<D>(sums, fitted_scale, fitted_offset);
+  if (!constant) {
+    scale = fitted_scale;
+    offset = fitted_offset;
+  }
+  const uint16_t scale_bits = dev::float_to_f16(scale), offset_bits = dev::float_to_f16(offset);
+  finite = finite && dev::is_finite(dev::f16_to_float(scale_bits)) && dev::is_finite(dev::f16_to_float(offset_bits));
+  SAW_INT4_UNROLL
+  for (int k = 0; k < kWords; ++k) {
+    const int index = kLanesPerRow * k + lane;
+    if (active && index < kRowWords)
+      dev::st_global(reinterpret_cast<uint32_t*>(row) + index, finite && !constant ? words[k] : 0u);
+  }
+  if (active && lane == 0) {
+    const uint32_t zero_offset = (offset_bits & 0x7fffu) == 0;  // of either sign: stored as +0
+    const uint32_t params = finite ? scale_bits | (zero_offset ? 0u : static_cast<uint32_t>(offset_bits) << 16)
+                                   : kNanParam | static_cast<uint32_t>(kNanParam) << 16;
+    dev::st_global(reinterpret_cast<uint32_t*>(row + scale_byte(D)), params);
+  }
+}
+
+template <int D, DType kType>
+SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, 2) saw_int4_append_kernel(const AppendParams p) {
+  constexpr int kWords = words_per_lane(D), kRowWords = D / kCodesPerWord;
+  const int lane = dev::lane_id() % kLanesPerRow;
+  const uint32_t pair = static_cast<uint32_t>(dev::block_index()) * kAppendRows + dev::thread_index() / kLanesPerRow;
+  const uint32_t token = pair / p.num_kv_heads, head = pair - token * p.num_kv_heads;
+  const int64_t slot = token < p.num_tokens ? dev::ld_global(p.slots + token) : -1;
+  if (slot >= p.num_slots) dev::trap();
+  const bool active = slot >= 0;
+
+  Channels<kType> raw[2][kWords];
+  SAW_INT4_UNROLL
+  for (int k = 0; k < kWords; ++k) {
+    const int index = kLanesPerRow * k + lane;
+    SAW_INT4_UNROLL
+    for (int tensor = 0; tensor < 2; ++tensor) raw[tensor][k] = {};
+    if (!active || index >= kRowWords) continue;
+    raw[0][k].load(p.k, token * p.k_token_stride + head * D + index * 8);
+    raw[1][k].load(p.v, token * p.v_token_stride + head * D + index * 8);
+  }
+
+  const TransformParams& tr = p.transform;
+  const int64_t row = (slot * p.num_kv_heads + head) * row_bytes(D);
+  SAW_INT4_UNROLL
+  for (int tensor = 0; tensor < 2; ++tensor) {
+    float t[kWords][8];
+    SAW_INT4_UNROLL
+    for (int k = 0; k < kWords; ++k) {
+      raw[tensor][k].widen(t[k]);
+      const int index = kLanesPerRow * k + lane;
+      if (tensor == 1 || tr.k_mean == nullptr || index >= kRowWords) continue;
+      float mean[8], inv_scale[8];
+      load_channels_as<DType::kFloat32>(tr.k_mean, head * D + index * 8, mean);
+      load_channels_as<DType::kFloat32>(tr.k_inv_scale, head * D + index * 8, inv_scale);
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(dev::sub_rn(t[k][i], mean[i]), inv_scale[i]);
+    }
+    if (tr.rotation_order > 1 && (tensor == 0 || tr.rotate_v)) {
+      hadamard_row<kWords>(t, tr.rotation_order);
+      const float norm = hadamard_norm(tr.rotation_order);
+      SAW_INT4_UNROLL
+      for (int k = 0; k < kWords; ++k) {
+        SAW_INT4_UNROLL
+        for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], norm);
+      }
+    }
+    SAW_INT4_UNROLL
+    for (int k = 0; k < kWords; ++k) {
+      const int index = kLanesPerRow * k + lane;
+      if (tensor == 1 || tr.k_sign == nullptr || index >= kRowWords) continue;
+      float sign[8];
+      load_channels_as<DType::kFloat32>(tr.k_sign, head * D + index * 8, sign);
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], sign[i]);
+    }
+    quantize_row<D>(t, (tensor == 0 ? p.k_cache : p.v_cache) + (active ? row : 0), active);
+  }
+}
+
+}  // namespace saw_int4

@@ -1,0 +1,63 @@
+// INT4 rows at N slots -> 16-bit (or fp32) K and V [N, H_kv, D], still transformed: x = scale * code + offset, rounded
+// after the product and after the sum, then to the output, as csrc/cpu does it.
+//
+// 8 lanes per (token, head), K and V of it together; lane i turns words i, i + 8, ... into 8 channels each: a 4-byte
+// load, a 16-byte store. Lanes of a row read one contiguous run, and rows of a token follow each other.
+//
+// Bound: HBM; the output is 3.8 times the input: (512 + 132) bytes per head_dim 256 row and tensor in bf16.
+// Assumes: outputs 16-byte aligned.
+#pragma once
+
+#include "common/rows.cuh"
+#include "format.h"
+
+namespace saw_int4 {
+
+inline constexpr int kGatherThreads = 256;
+inline constexpr int kGatherRows = kGatherThreads / kLanesPerRow;  // (token, head) pairs per block
+
+template <int D, DType kType>
+SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kGatherThreads, 4) saw_int4_gather_kernel(const GatherParams p) {
+  constexpr int kWords = words_per_lane(D), kRowWords = D / kCodesPerWord;
+  const int lane = dev::lane_id() % kLanesPerRow;
+  const uint32_t pair = static_cast<uint32_t>(dev::block_index()) * kGatherRows + dev::thread_index() / kLanesPerRow;
+  const uint32_t token = pair / p.num_kv_heads, head = pair - token * p.num_kv_heads;
+  if (token >= p.num_tokens) return;
+  const int64_t slot = dev::ld_global(p.slots + token);
+  if (slot < 0 || slot >= p.num_slots) dev::trap();
+  const int64_t from = (slot * p.num_kv_heads + head) * row_bytes(D);
+  const int64_t to = static_cast<int64_t>(pair) * D;
+
+  uint32_t words[2][kWords], params[2];
+  SAW_INT4_UNROLL
+  for (int tensor = 0; tensor < 2; ++tensor) {
+    const auto* row = reinterpret_cast<const uint32_t*>((tensor == 0 ? p.k_cache : p.v_cache) + from);
+    params[tensor] = dev::ld_global(row + kRowWords);
+    SAW_INT4_UNROLL
+    for (int k = 0; k < kWords; ++k) {
+      const int index = kLanesPerRow * k + lane;
+      words[tensor][k] = index < kRowWords ? dev::ld_global(row + index) : 0u;
+    }
+  }
+  SAW_INT4_UNROLL
+  for (int tensor = 0; tensor < 2; ++tensor) {
+    const float scale = dev::f16_to_float(static_cast<uint16_t>(params[tensor]));
+    const float offset = dev::f16_to_float(static_cast<uint16_t>(params[tensor] >> 16));
+    SAW_INT4_UNROLL
+    for (int k = 0; k < kWords; ++k) {
+      const int index = kLanesPerRow * k + lane;
+      if (index >= kRowWords) continue;
+      float x[8];
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        // 2^23 + code as bits is a float: no integer conversion.
+        constexpr uint32_t kMagicBits = 0x4b000000u;
+        const uint32_t code = dev::lop3_and_or(words[tensor][k] >> bit_of_channel(i), kCodeMax, kMagicBits);
+        x[i] = dev::add_rn(dev::mul_rn(scale, dev::sub_rn(dev::bits_float(code), dev::bits_float(kMagicBits))), offset);
+      }
+      store_channels<kType>(tensor == 0 ? p.k_out : p.v_out, to + index * 8, x);
+    }
+  }
+}
+
+}  // namespace saw_int4

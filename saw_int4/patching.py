@@ -176,13 +176,13 @@ def read_series(folder: Path) -> Series:
 def parse_patch(name: str, text: bytes) -> tuple[str, list[Hunk]]:
     """Path relative to the package, and the hunks, of a unified diff of one file."""
     lines = text.splitlines(keepends=True)
-    heads = [i for i, line in enumerate(lines) if line.startswith(b"--- ")]
-    if len(heads) != 1 or not lines[heads[0] + 1 : heads[0] + 2] or not lines[heads[0] + 1].startswith(b"+++ b/"):
-        raise PatchError(f"{name}: expected a unified diff of exactly one file.")
-    path = lines[heads[0] + 1][6:].decode().strip()
+    head = next((i for i, line in enumerate(lines) if line.startswith(b"--- ")), len(lines))
+    if not b"".join(lines[head + 1 : head + 2]).startswith(b"+++ b/"):
+        raise PatchError(f"{name}: expected a unified diff of one file.")
+    path = lines[head + 1][6:].decode().strip()
     if not path.startswith(REPOSITORY_PREFIX) or ".." in path.split("/"):
         raise PatchError(f"{name}: changes {path}, expected a file under {REPOSITORY_PREFIX}.")
-    hunks, at = [], heads[0] + 2
+    hunks, at = [], head + 2
     while at < len(lines):
         hunk, at = _parse_hunk(name, lines, at)
         hunks.append(hunk)
@@ -190,24 +190,28 @@ def parse_patch(name: str, text: bytes) -> tuple[str, list[Hunk]]:
 
 
 def _parse_hunk(name: str, lines: list[bytes], at: int) -> tuple[Hunk, int]:
+    """The hunk whose head is line ``at``, and the line after it."""
     match = re.match(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@", lines[at])
     if match is None:
         raise PatchError(f"{name}, line {at + 1}: expected the head of a hunk, got {lines[at]!r}.")
-    (old_start, new_start), sizes = (int(match[i]) for i in (1, 3)), [int(match[i] or 1) for i in (2, 4)]
+    starts, sizes = [int(match[i]) for i in (1, 3)], [1 if match[i] is None else int(match[i]) for i in (2, 4)]
     old, new, at = [], [], at + 1
-    while at < len(lines) and not lines[at].startswith(b"@@"):
-        kind, line = lines[at][:1], lines[at][1:]
+    while len(old) < sizes[0] or len(new) < sizes[1]:
+        kind, line = (lines[at][:1], lines[at][1:]) if at < len(lines) else (b"", b"")
         if kind not in (b" ", b"-", b"+"):
-            raise PatchError(f"{name}, line {at + 1}: expected a line of a hunk, got {lines[at]!r}.")
-        if kind != b"+":
-            old.append(line)
-        if kind != b"-":
-            new.append(line)
+            raise PatchError(f"{name}, line {at + 1}: expected {sizes[0]} old and {sizes[1]} new lines in the hunk.")
+        old += [line] if kind != b"+" else []
+        new += [line] if kind != b"-" else []
         at += 1
+        if at < len(lines) and lines[at].startswith(b"\\"):  # "No newline at end of file"
+            for side in (old if kind != b"+" else [], new if kind != b"-" else []):
+                side[-1:] = [line.removesuffix(b"\n")] if side else []
+            at += 1
     if [len(old), len(new)] != sizes:
         raise PatchError(f"{name}: a hunk has {len(old)} old and {len(new)} new lines, its head says {sizes}.")
-    # Line 0 stands for an empty side; other numbers count from 1.
-    return Hunk(max(old_start - 1, 0), max(new_start - 1, 0), old, new), at
+    # Lines count from 1; an empty side names the line before it.
+    old_start, new_start = (start - 1 if size else start for start, size in zip(starts, sizes))
+    return Hunk(old_start, new_start, old, new), at
 
 
 def patched(path: str, content: bytes, hunks: list[Hunk], reverse: bool = False) -> bytes:
@@ -264,7 +268,11 @@ def _bring_to(tree: Tree, series: Series, wanted: dict[str, str | None], reverse
             if (result and digest(result)) != wanted[path]:
                 raise PatchError(f"{path}: the patch gives other bytes than manifest.json has. Restore patches/.")
             old[path], new[path] = content, result
-        _replace_all(tree.root, old, new)
+        try:
+            _replace_all(tree.root, old, new)
+        finally:
+            for path in series.hunks:  # also what a killed run left
+                _staged(tree.root / path).unlink(missing_ok=True)
     return bool(new)
 
 
@@ -283,9 +291,6 @@ def _replace_all(root: Path, old: dict[str, bytes | None], new: dict[str, bytes 
             _stage(root / path, old[path])
             _commit(root / path, old[path])
         raise
-    finally:
-        for path in order:
-            _staged(root / path).unlink(missing_ok=True)
 
 
 def _staged(file: Path) -> Path:

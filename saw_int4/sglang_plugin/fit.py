@@ -92,7 +92,8 @@ def dry_run(argv: list[str]) -> tuple[bool, str]:
         args = prepare_server_args(argv)
         args.resolve_once()
     except (Exception, SystemExit) as error:  # noqa: BLE001  (any refusal, SGLang's own too, is an answer)
-        return False, f"{error}" or type(error).__name__
+        by_parser = isinstance(error, SystemExit) and isinstance(error.code, int)
+        return False, "by SGLang's parser, as printed above" if by_parser else f"{error}" or type(error).__name__
     backend = attention_backends_of(resolved_view(args))[1]
     kv_format = env.published().kv_format(model_config_of(args).head_dim)
     return True, f"{kv_format.describe()}; attention backend {backend}"
@@ -136,9 +137,7 @@ def _guarded(subject: str, action: Callable, name: str = "") -> Iterator[Finding
 
 
 def _seams() -> Iterator[Finding]:
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    from saw_int4.sglang_plugin import native, register
+    from saw_int4.sglang_plugin import register
 
     for reason in register.failures():
         yield Finding(
@@ -148,17 +147,15 @@ def _seams() -> Iterator[Finding]:
             "is saw-int4 installed (pip show saw-int4), and does SGLANG_PLUGINS, where set, name saw_int4? Without "
             "plugins, patch SGLang: scripts/apply_patches.py --apply",
         )
-    for target, wrapper in register.hooks().items():
+    wrappers = register.hooks()
+    for target, how in register.seams().items():
         try:
-            function = pkgutil.resolve_name(target)
+            problem = mismatch(pkgutil.resolve_name(target), wrappers[target])
         except (ImportError, AttributeError) as error:
-            yield Finding(BROKEN, "seam", f"{target}: {error}", TAKE_TESTED)
-            continue
-        problem = mismatch(function, wrapper)
-        how = "patched" if native.is_seam(target) else "hooked" if target in HookRegistry._patched else "not in place"
+            problem = str(error)
         if problem:
             yield Finding(BROKEN, "seam", f"{target}: {problem}", TAKE_TESTED)
-        elif how != "not in place":  # that one was reported as a failure
+        elif how != register.MISSING:  # which was reported as a failure
             yield Finding(OK, "seam", f"{target}: {how}")
 
 

@@ -13,6 +13,8 @@ from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE, sgla
 
 logger = logging.getLogger(__name__)
 
+PATCHED, HOOKED, MISSING = "patched", "hooked", "missing"
+
 _failures: list[str] = []
 _done = False
 
@@ -38,15 +40,24 @@ def attempt(action: Callable):
 
 def failures() -> list[str]:
     """Why INT4 is not in place, one sentence each; empty when every seam is hooked, or patched into SGLang."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    from saw_int4.sglang_plugin import native, verify
+    from saw_int4.sglang_plugin import verify
 
     if not (_done or _failures):  # no plugin here: SGLang's own source must hold the seams
         attempt(verify.tested_version)
-    wrappers = {} if _failures else attempt(hooks) or {}
-    missing = [target for target in wrappers if target not in HookRegistry._patched and not native.is_seam(target)]
-    return _failures + [f"SGLang has no seam of ours on {target}" for target in missing]
+    found = {} if _failures else attempt(seams) or {}
+    return _failures + [f"SGLang has no seam of ours on {target}" for target, how in found.items() if how == MISSING]
+
+
+def seams() -> dict[str, str]:
+    """Every function that the plugin wraps: PATCHED in SGLang's source, HOOKED by its plugin loader, or MISSING."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from saw_int4.sglang_plugin import native
+
+    def how(target: str) -> str:
+        return PATCHED if native.is_seam(target) else HOOKED if target in HookRegistry._patched else MISSING
+
+    return {target: how(target) for target in hooks()}
 
 
 def hooks() -> dict[str, Callable]:

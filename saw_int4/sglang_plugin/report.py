@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from saw_int4.sglang_plugin import register
 from saw_int4.sglang_plugin.names import KV_CACHE_DTYPE
 from saw_int4.sglang_plugin.pool import pools_of
 
@@ -22,7 +23,6 @@ def describe(kv_pool) -> dict:
         "bits_per_element": lead.format.bits_per_element,
         "capacity_ratio": lead.format.capacity_ratio,
         "bytes_per_token": sum(p.bytes_per_token for p in parts),
-        "bfloat16_bytes_per_token": sum(2 * p.layer_num * p.head_num * p.head_dim * 2 for p in parts),
         "bfloat16_bytes_per_token": sum(p.layer_num * p.head_num * p.head_dim * 2 * 2 for p in parts),
         "allocated_bytes": int(sum(sum(p.get_kv_size_bytes()) for p in parts)),
     }
@@ -32,10 +32,11 @@ def start(scheduler, model_runner) -> None:
     """Log the format once, and export it when SGLang's metrics are on."""
     info = describe(model_runner.token_to_kv_pool)
     logger.info(
-        "saw_int4: serving [%s], %d tokens, %d bytes per token",
+        "saw_int4: serving [%s], %d tokens, %d bytes per token, seams %s",
         info["format"],
         model_runner.max_total_num_tokens,
         info["bytes_per_token"],
+        " and ".join(sorted(set(register.seams().values()))),
     )
     if scheduler.server_args.enable_metrics:
         _export(info)

@@ -23,7 +23,7 @@ CACHE = ROOT / ".cache" / "emulator"
 CORE = ["fiber.cpp", "shared_memory.cpp", "global_memory.cpp", "machine.cpp"]
 TORCH = Path(torch.__file__).parent
 # No contraction: the bytes of the cache must be those of the CPU operators.
-FLAGS = ["-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas",
+FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi",
          "-DSAW_INT4_EMULATE"]  # fmt: skip
 PROJECT_INCLUDES = [ROOT / "csrc", ROOT / "tests"]
 SYSTEM_INCLUDES = [TORCH / "include", TORCH / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]]
@@ -75,7 +75,7 @@ def compile_object(source: Path, module: str) -> Path:
     if not target.exists():
         includes = [f"-I{path}" for path in PROJECT_INCLUDES] + [f"-isystem{path}" for path in SYSTEM_INCLUDES]
         part = target.with_suffix(".part")
-        run([compiler(), *flags, *includes, "-c", str(source), "-o", str(part)])
+        run([compiler(), *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(part)])
         part.rename(target)
     return target
 

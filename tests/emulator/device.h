@@ -16,6 +16,7 @@
 #define SAW_INT4_DEVICE inline
 #define SAW_INT4_LAUNCH_BOUNDS(threads, blocks_per_sm)
 #define SAW_INT4_UNROLL
+#define SAW_INT4_UNROLL_BY(n)
 
 // CUDA's vector types, with CUDA's alignment.
 struct alignas(8) uint2 {
@@ -112,10 +113,8 @@ inline bool any(bool predicate, Site site = Site::current()) {
   });
 }
 
-// A broadcast from lane 0 on the GPU, so a collective here: not to be asked for in divergent code.
-inline int warp_id(Site site = Site::current()) {
-  return machine().collective<int>("warp_id", site, thread_index(),
-                                   [](const int* in, int* out) { std::fill(out, out + 32, in[0] / 32); });
+inline int warp_id() {
+  return machine().current().warp->index;
 }
 
 namespace detail {
@@ -219,6 +218,10 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return result;
 }
+inline uint32_t dot_u8x4(uint32_t a, uint32_t b, uint32_t c) {
+  for (int i = 0; i < 32; i += 8) c += (a >> i & 0xff) * (b >> i & 0xff);
+  return c;
+}
 inline uint32_t mul_hi(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
@@ -248,6 +251,12 @@ inline uint32_t pack_f16x2(float lo, float hi) {
 inline uint32_t pack_bf16x2(float lo, float hi) {
   return float_to_bf16(lo) | uint32_t{float_to_bf16(hi)} << 16;
 }
+inline uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto half = [](uint32_t pair, int i) { return static_cast<uint16_t>(pair >> (16 * i)); };
+  uint32_t d = 0;
+  for (int i = 0; i < 2; ++i) d |= uint32_t{emulator::half_fma(half(a, i), half(b, i), half(c, i))} << (16 * i);
+  return d;
+}
 
 // Compiled with -ffp-contract=off.
 inline float add_rn(float a, float b) {
@@ -265,17 +274,17 @@ inline float div_rn(float a, float b) {
 inline float fma_rn(float a, float b, float c) {
   return std::fma(a, b, c);
 }
-inline int round_to_int_rn(float x) {  // as __float2int_rn: saturates, NaN is 0
-  if (std::isnan(x)) return 0;
-  if (x >= 0x1p31f) return INT32_MAX;
-  if (x < -0x1p31f) return INT32_MIN;
-  return static_cast<int>(std::nearbyint(x));
-}
 inline float fmin(float a, float b) {
   return std::fmin(a, b);
 }
 inline float fmax(float a, float b) {
   return std::fmax(a, b);
+}
+inline float fmin_nan(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b);
+}
+inline float fmax_nan(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b);
 }
 inline bool is_finite(float x) {
   return (float_bits(x) & 0x7f800000u) != 0x7f800000u;
@@ -290,6 +299,9 @@ inline float flush_subnormal(float x) {
 // Within 1 ulp here, about 2 on the GPU; subnormals flushed as there.
 inline float exp2_approx(float x) {
   return detail::flush_subnormal(std::exp2(detail::flush_subnormal(x)));
+}
+inline float rcp_approx(float x) {
+  return detail::flush_subnormal(1.f / detail::flush_subnormal(x));
 }
 inline float log2_approx(float x) {
   return std::log2(detail::flush_subnormal(x));

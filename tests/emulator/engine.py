@@ -7,7 +7,12 @@ from torch import Tensor
 
 from emulator import build
 
-OPERATORS = ("append_op.cpp", "decode_op.cpp", "gather_op.cpp", "transform_op.cpp")
+# The operators, and the instantiations of decode that the CUDA build compiles, as C++.
+SOURCES = (
+    *(build.HERE / name for name in ("library.cpp", "append_op.cpp", "decode_op.cpp", "gather_op.cpp")),
+    build.HERE / "transform_op.cpp",
+    *sorted((build.ROOT / "csrc" / "decode").glob("decode_cuda_*.cu")),
+)
 
 
 class EmulatedEngine:
@@ -17,8 +22,7 @@ class EmulatedEngine:
     device = torch.device("cpu")
 
     def __init__(self) -> None:
-        sources = (build.HERE / "library.cpp", *(build.HERE / name for name in OPERATORS))
-        self._library = build.load_library("_emulated_ops", sources, link_torch=True)
+        self._library = build.load_library("_emulated_ops", SOURCES, link_torch=True)
         self._workspace = torch.zeros(0, dtype=torch.uint8)
 
     def configure(self, *, order: str = "ascending", resident_blocks: int = 1, seed: int = 0, sm_count: int = 4):

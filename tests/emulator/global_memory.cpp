@@ -1,5 +1,6 @@
 #include "emulator/global_memory.h"
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -14,18 +15,17 @@ void GlobalMemory::add(const std::string& name, const void* memory, int64_t byte
   if (memory == nullptr || bytes <= 0) return;
   const auto begin = reinterpret_cast<uintptr_t>(memory);
   const uintptr_t end = begin + static_cast<uintptr_t>(bytes);
-  last_ = nullptr;
   Allocation allocation{name, begin, end, static_cast<int>(access), nullptr};
-  const auto same = allocations_.find(begin);
-  if (same != allocations_.end() && same->second.end == end) {
-    allocation.name = same->second.name + " and " + name;
-    allocation.access |= same->second.access;
+  const auto at = std::ranges::lower_bound(allocations_, begin, {}, &Allocation::begin);
+  const bool same = at != allocations_.end() && at->begin == begin && at->end == end;
+  if (same) {
+    allocation.name = at->name + " and " + name;
+    allocation.access |= at->access;
   } else {
-    const auto next = allocations_.lower_bound(begin);
-    const bool hits_next = next != allocations_.end() && next->second.begin < end;
-    const bool hits_previous = next != allocations_.begin() && std::prev(next)->second.end > begin;
+    const bool hits_next = at != allocations_.end() && at->begin < end;
+    const bool hits_previous = at != allocations_.begin() && std::prev(at)->end > begin;
     if (hits_next || hits_previous) {
-      throw Error("emulator: " + name + " overlaps " + (hits_next ? next : std::prev(next))->second.name +
+      throw Error("emulator: " + name + " overlaps " + (hits_next ? at : std::prev(at))->name +
                   " in part; expected separate memory or the very same range");
     }
   }
@@ -34,7 +34,11 @@ void GlobalMemory::add(const std::string& name, const void* memory, int64_t byte
     allocation.history.reset(static_cast<History*>(std::calloc(granules, sizeof(History))));
     if (allocation.history == nullptr) throw std::bad_alloc();
   }
-  allocations_.insert_or_assign(begin, std::move(allocation));
+  if (same) {
+    *at = std::move(allocation);
+  } else {
+    allocations_.insert(at, std::move(allocation));
+  }
 }
 
 void GlobalMemory::begin_launch() {
@@ -45,28 +49,26 @@ void GlobalMemory::begin_launch() {
 GlobalMemory::Allocation& GlobalMemory::find(const char* verb, const void* pointer, uint32_t bytes, Access access,
                                              const Site& site) {
   const auto begin = reinterpret_cast<uintptr_t>(pointer);
-  if (last_ == nullptr || begin < last_->begin || begin + bytes > last_->end) {
-    auto after = allocations_.upper_bound(begin);
-    Allocation* below = after == allocations_.begin() ? nullptr : &std::prev(after)->second;
-    if (below == nullptr || begin + bytes > below->end) {
-      std::string where = text("address ", pointer);
-      if (below != nullptr)
-        where +=
-            text(", ", begin - below->begin, " bytes into ", below->name, " of ", below->end - below->begin, " bytes");
-      if (after != allocations_.end()) where += text(", ", after->first - begin, " bytes before ", after->second.name);
-      fail(site, text("global ", verb, " of ", bytes, " bytes out of bounds: ", where));
+  const auto after = std::ranges::upper_bound(allocations_, begin, {}, &Allocation::begin);
+  Allocation* below = after == allocations_.begin() ? nullptr : &*std::prev(after);
+  if (below == nullptr || begin + bytes > below->end) {
+    std::string where = text("address ", pointer);
+    if (below != nullptr) {
+      where +=
+          text(", ", begin - below->begin, " bytes into ", below->name, " of ", below->end - below->begin, " bytes");
     }
-    last_ = below;
+    if (after != allocations_.end()) where += text(", ", after->begin - begin, " bytes before ", after->name);
+    fail(site, text("global ", verb, " of ", bytes, " bytes out of bounds: ", where));
   }
   if (begin % bytes != 0) {
     fail(site, text("misaligned global ", verb, " of ", bytes, " bytes at address ", pointer, ", ",
-                    begin - last_->begin, " bytes into ", last_->name));
+                    begin - below->begin, " bytes into ", below->name));
   }
-  if ((last_->access & static_cast<int>(access)) != static_cast<int>(access)) {
-    fail(site, text("global ", verb, " of ", last_->name, ", which the kernel may not ",
+  if ((below->access & static_cast<int>(access)) != static_cast<int>(access)) {
+    fail(site, text("global ", verb, " of ", below->name, ", which the kernel may not ",
                     access == Access::kRead ? "read" : "write"));
   }
-  return *last_;
+  return *below;
 }
 
 template <class Fn>

@@ -33,10 +33,7 @@ class GlobalMemory {
   // Adjacent or overlapping ranges stay separate allocations; a range that coincides with one registered before
   // (an operator working in place) adds its permission to it.
   void add(const std::string& name, const void* memory, int64_t bytes, Access access);
-  void clear() {
-    allocations_.clear();
-    last_ = nullptr;
-  }
+  void clear() { allocations_.clear(); }
   void begin_launch();
 
   void read(void* to, const void* from, uint32_t bytes, bool read_only_path, const Accessor& who, const Site& site);
@@ -70,8 +67,7 @@ class GlobalMemory {
   template <class Fn>
   static void for_each(const Allocation& allocation, const void* pointer, uint32_t bytes, Fn fn);
 
-  std::map<uintptr_t, Allocation> allocations_;  // by begin
-  Allocation* last_ = nullptr;
+  std::vector<Allocation> allocations_;  // by begin
   uint32_t launch_ = 0;
   std::map<int, std::vector<Unpublished>> unpublished_;  // by block
 };

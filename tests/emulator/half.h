@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 
 namespace saw_int4::emulator {
@@ -18,14 +19,10 @@ inline uint16_t float_to_bf16(float value) {
 }
 
 inline float half_to_float(uint16_t bits) {
-  const uint32_t sign = uint32_t{bits & 0x8000u} << 16;
-  const uint32_t exponent = (bits >> 10) & 31, mantissa = bits & 1023;
-  if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24, exact in fp32
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | sign);
-  }
-  const uint32_t rebiased = exponent == 31 ? 255 : exponent + 112;
-  return std::bit_cast<float>(sign | rebiased << 23 | mantissa << 13);
+  // The exponent's bias differs by 112; subnormals come out right because the multiplication normalises them.
+  const float magnitude = std::bit_cast<float>((bits & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t special = magnitude >= 65536.f ? 0x7f800000u : 0;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | special | (bits & 0x8000u) << 16);
 }
 
 // Round to nearest even; overflow to infinity; every NaN becomes the canonical one, as cvt.rn.f16.f32 does.
@@ -42,6 +39,20 @@ inline uint16_t float_to_half(float value) {
   }
   const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1);
   return sign | static_cast<uint16_t>((rounded - (112u << 23)) >> 13);
+}
+
+// a * b + c, rounded once.
+inline uint16_t half_fma(uint16_t a, uint16_t b, uint16_t c) {
+  const double product = static_cast<double>(half_to_float(a)) * half_to_float(b), addend = half_to_float(c);  // exact
+  double sum = product + addend;
+  if (!std::isfinite(sum)) return float_to_half(static_cast<float>(sum));
+  const double back = sum - product, lost = (product - (sum - back)) + (addend - back);
+  if (lost != 0 && std::signbit(lost) != std::signbit(sum)) sum = std::nextafter(sum, 0.0);
+  // To fp32 by rounding to odd, which makes the second rounding, to fp16, as good as one from the exact sum.
+  auto single = static_cast<float>(sum);
+  if (std::fabs(static_cast<double>(single)) > std::fabs(sum)) single = std::nextafter(single, 0.f);
+  if (lost != 0 || single != sum) single = std::bit_cast<float>(std::bit_cast<uint32_t>(single) | 1u);
+  return float_to_half(single);
 }
 
 }  // namespace saw_int4::emulator

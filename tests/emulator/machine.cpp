@@ -4,10 +4,7 @@
 
 namespace saw_int4::emulator {
 
-Machine& machine() {
-  static Machine instance;
-  return instance;
-}
+Machine Machine::the_;
 
 void fail(const Site& site, const std::string& what) {
   machine().stop(site, what);
@@ -117,7 +114,8 @@ void Machine::start(Block& block, int index) {
     thread.lane = t % kWarpSize;
     thread.warp = block.warps[t / kWarpSize].get();
     thread.block = &block;
-    thread.copies.assign(1, {});
+    thread.copies.clear();
+    thread.groups.clear();
     thread.stack.prepare(thread.context, &Machine::run_thread);
   }
 }
@@ -178,8 +176,8 @@ void Machine::check_exit(const Thread& thread) {
     stop(warp.site,
          text("thread exits with ", name_lanes(warp.arrived), " of its warp waiting here at ", warp.waits_at));
   }
-  for (const auto& group : thread.copies) {
-    if (!group.empty()) stop(group.front().site, "thread exits with a cp.async that was never waited for");
+  if (!thread.copies.empty()) {
+    stop(thread.copies.front().site, "thread exits with a cp.async that was never waited for");
   }
 }
 
@@ -268,26 +266,27 @@ std::string Machine::describe_stall(const Block& block) const {
 void Machine::issue_copy(const AsyncCopy& copy) {
   Thread& self = *current_;
   self.block->shared.begin_copy(copy.address, copy.bytes, self.index, self.block->clocks, copy.site);
-  self.copies.back().push_back(copy);
+  self.copies.push_back(copy);
 }
 
 void Machine::commit_copies() {
-  current_->copies.emplace_back();
+  Thread& self = *current_;
+  const int committed = std::accumulate(self.groups.begin(), self.groups.end(), 0);
+  self.groups.push_back(static_cast<int>(self.copies.size()) - committed);
 }
 
 void Machine::wait_for_copies(int groups_left, const Site& site) {
   Thread& self = *current_;
-  const int committed = static_cast<int>(self.copies.size()) - 1;
-  const int done = std::max(0, committed - groups_left);
-  for (int group = 0; group < done; ++group) {
-    for (const AsyncCopy& copy : self.copies[group]) {
-      if (copy.source != nullptr && std::memcmp(copy.data.data(), copy.source, copy.bytes) != 0) {
-        stop(site, text("the source of a cp.async (", name_site(copy.site), ") changed before its wait"));
-      }
-      self.block->shared.land_copy(copy.address, copy.data.data(), copy.bytes, self.index, self.block->clocks);
+  const auto done = self.groups.begin() + std::max(0, static_cast<int>(self.groups.size()) - groups_left);
+  const auto landed = self.copies.begin() + std::accumulate(self.groups.begin(), done, 0);
+  for (auto copy = self.copies.begin(); copy != landed; ++copy) {
+    if (copy->source != nullptr && std::memcmp(copy->data.data(), copy->source, copy->bytes) != 0) {
+      stop(site, text("the source of a cp.async (", name_site(copy->site), ") changed before its wait"));
     }
+    self.block->shared.land_copy(copy->address, copy->data.data(), copy->bytes, self.index, self.block->clocks);
   }
-  self.copies.erase(self.copies.begin(), self.copies.begin() + done);
+  self.copies.erase(self.copies.begin(), landed);
+  self.groups.erase(self.groups.begin(), done);
 }
 
 }  // namespace saw_int4::emulator

@@ -35,7 +35,6 @@ struct Options {
   int sm_count = 4;  // what the launch planners are told of the device
 };
 
-// cp.async of one thread: copies issued, in groups; the last group is still open.
 struct AsyncCopy {
   uint32_t address, bytes;
   const void* source;                  // null: zeros
@@ -50,7 +49,8 @@ struct Thread {
   int index = 0, lane = 0;
   Warp* warp = nullptr;
   Block* block = nullptr;
-  std::vector<std::vector<AsyncCopy>> copies;  // oldest group first
+  std::vector<AsyncCopy> copies;  // oldest first
+  std::vector<int> groups;        // copies in each committed group, oldest first; the rest are in the open one
   Context context;
   FiberStack stack;
 };
@@ -78,6 +78,8 @@ struct Block {
 
 class Machine {
  public:
+  static Machine& the() { return the_; }
+
   GlobalMemory& global() { return global_; }
   Options& options() { return options_; }
 
@@ -121,6 +123,8 @@ class Machine {
   void check_exit(const Thread& thread);
   std::string describe_stall(const Block& block) const;
 
+  static Machine the_;
+
   GlobalMemory global_;
   Options options_;
   std::string kernel_;
@@ -135,7 +139,9 @@ class Machine {
 };
 
 // The one machine of the process. Not thread-safe.
-Machine& machine();
+inline Machine& machine() {
+  return Machine::the();
+}
 
 template <class Out, class In, class Fn>
 Out Machine::collective(const char* what, const Site& site, const In& in, Fn fn) {

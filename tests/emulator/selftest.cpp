@@ -453,6 +453,7 @@ PYBIND11_MODULE(SAW_INT4_MODULE, m) {
   m.def("half_to_float", &saw_int4::emulator::half_to_float);
   m.def("float_to_half", &saw_int4::emulator::float_to_half);
   m.def("float_to_bf16", &saw_int4::emulator::float_to_bf16);
+  m.def("half_fma", &saw_int4::emulator::half_fma);
   m.def("prmt", &saw_int4::dev::prmt);
-  m.def("round_to_int_rn", &saw_int4::dev::round_to_int_rn);
+  m.def("dot_u8x4", &saw_int4::dev::dot_u8x4);
 }

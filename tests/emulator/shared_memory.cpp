@@ -1,7 +1,5 @@
 #include "emulator/shared_memory.h"
 
-#include <cstring>
-
 namespace saw_int4::emulator {
 
 void SharedMemory::reset(uint32_t bytes) {

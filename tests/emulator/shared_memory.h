@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "emulator/clocks.h"
@@ -31,7 +32,7 @@ class SharedMemory {
   struct Byte {
     State state = State::kNeverWritten;
     Stamp writer, reader, other_reader;
-    bool operator==(const Byte&) const = default;
+    bool operator==(const Byte& other) const { return std::memcmp(this, &other, sizeof(Byte)) == 0; }
   };
 
   // Applies fn to the history of each byte; runs of equal history are computed once.

@@ -1,0 +1,10 @@
+#include "append/append_dispatch.h"
+#include "emulator/library.h"
+
+namespace saw_int4::emulator {
+
+void append(const AppendParams& p) {
+  saw_int4::append(p, nullptr);
+}
+
+}  // namespace saw_int4::emulator

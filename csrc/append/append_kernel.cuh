@@ -125,7 +125,7 @@ SAW_INT4_DEVICE void quantize_row(const float (&t)[words_per_lane(D)][8], uint8_
       dev::st_global(reinterpret_cast<uint32_t*>(row) + index, finite && !constant ? words[k] : 0u);
   }
   if (active && lane == 0) {
-    const uint32_t zero_offset = (offset_bits & 0x7fffu) == 0;  // of either sign: stored as +0
+    const bool zero_offset = (offset_bits & 0x7fffu) == 0;  // of either sign: stored as +0
     const uint32_t params = finite ? scale_bits | (zero_offset ? 0u : static_cast<uint32_t>(offset_bits) << 16)
                                    : kNanParam | static_cast<uint32_t>(kNanParam) << 16;
     dev::st_global(reinterpret_cast<uint32_t*>(row + scale_byte(D)), params);

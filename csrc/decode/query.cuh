@@ -108,15 +108,6 @@ SAW_INT4_DEVICE void load_query(Query<D, NT>& query, const DecodeParams& p, cons
         }
       }
     }
-    SAW_INT4_UNROLL
-    for (int j = 0; j < kWords; ++j) {
-      const int channel = 8 * (4 * j + c);
-      if (p.transform.k_sign == nullptr || channel >= D) continue;
-      float sign[8];
-      load_channels(p.transform.k_sign, kv_head * D + channel, DType::kFloat32, sign);
-      SAW_INT4_UNROLL
-      for (int i = 0; i < 8; ++i) x[j][i] *= sign[i];
-    }
     float largest = 0.f;
     SAW_INT4_UNROLL
     for (int j = 0; j < kWords; ++j) {

@@ -1,4 +1,7 @@
-"""The exact transform of one layer's keys on this rank: K' = sign * H_R((K - mean) * inv_scale), q' = sign * H_R(q * scale)."""
+"""The exact transform of one layer's keys on this rank.
+
+K' = sign * H_R((K - mean) * inv_scale) is stored, q' = sign * H_R(q * scale) asks.
+"""
 
 from __future__ import annotations
 

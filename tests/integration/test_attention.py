@@ -36,7 +36,8 @@ def make_backend(monkeypatch, rotation: str, calibrated: bool) -> Int4AttentionB
     )
     if calibrated:
         scale = torch.rand(H_KV, D) + 0.5
-        pool.transforms = [KeyTransform(mean=torch.randn(H_KV, D), scale=scale, inv_scale=1 / scale)]
+        sign = torch.where(torch.rand(H_KV, D) < 0.5, -1.0, 1.0)
+        pool.transforms = [KeyTransform(mean=torch.randn(H_KV, D), scale=scale, inv_scale=1 / scale, sign=sign)]
     backend = object.__new__(Int4AttentionBackend)
     backend.kv_pool, backend.page_size, backend._layers, backend.plan = pool, PAGE, {}, None
     pages = torch.randperm(SLOTS // PAGE)[:60].view(4, 15)
@@ -110,6 +111,8 @@ def stored(backend, lengths: list[int]):
         k, v = torch.empty(2, n, H_KV, D, dtype=torch.float32)
         ops.gather_kv(*pool.rows(0), backend.req_to_token_pool.req_to_token[i, :n], k, v)
         k, v = k.double(), v.double()
+        if transform.sign is not None:
+            k = k * transform.sign.double()
         if pool.format.rotation_order > 1:
             k = k @ h
         if transform.mean is not None:

@@ -1,0 +1,236 @@
+"""What cannot work is refused in the process that starts the server, before anything is spawned."""
+
+from __future__ import annotations
+
+import pytest
+from checkpoints import qwen3
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import ServerArgs
+
+from saw_int4 import env
+from saw_int4.sglang_plugin import register, verify
+from saw_int4.sglang_plugin.names import FINGERPRINT_ATTRIBUTE
+
+pytestmark = pytest.mark.both_versions
+
+
+@pytest.fixture(autouse=True)
+def plugin(monkeypatch):
+    load_plugins()
+    for name in (env.ROTATION, env.ROTATION_ORDER):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(env.RESOLVED, "")
+
+
+@pytest.fixture(scope="module")
+def tiny(model, tmp_path_factory):
+    return qwen3(model, tmp_path_factory.mktemp("qwen3") / "model")
+
+
+def start(model, **arguments) -> ServerArgs:
+    """What the launching process does with its arguments."""
+    arguments = {"kv_cache_dtype": "int4", **arguments}
+    args = ServerArgs(model_path=str(model), **arguments)
+    args.resolve_once()
+    return args
+
+
+def test_accepted(model):
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+
+    args = start(model)
+    assert attention_backends_of(resolved_view(args)) == ("saw_int4", "saw_int4")
+    assert getattr(args, FINGERPRINT_ATTRIBUTE) == env.published().fingerprint == env.Options().fingerprint
+
+
+def test_other_caches_are_left_alone(model):
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+
+    args = start(model, kv_cache_dtype="auto", disable_radix_cache=True)
+    assert attention_backends_of(resolved_view(args)) == ("torch_native", "torch_native")
+    assert not hasattr(args, FINGERPRINT_ATTRIBUTE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"attention_backend": "torch_native"}, "attention backends are prefill=torch_native"),
+        ({"attention_backend": "saw_int4", "decode_attention_backend": "triton"}, "decode=triton"),
+        ({"prefill_attention_backend": "torch_native"}, "prefill=torch_native"),
+        ({"is_embedding": True}, "is-embedding"),
+        ({"enable_two_batch_overlap": True}, "two-batch-overlap"),
+        ({"enable_torch_compile": True}, "torch-compile"),
+        ({"kv_canary": "log"}, "kv-canary"),
+    ],
+)
+def test_arguments(model, arguments, said):
+    with pytest.raises((ValueError, AssertionError), match=said):
+        start(model, **arguments)
+
+
+@pytest.mark.parametrize("field", [
+    "enable_lmcache", "enable_flexkv", "enable_unified_memory", "enable_page_major_kv_layout", "enable_hisparse",
+    "disaggregation_mode", "dcp_size", "attn_cp_size", "enable_pdmux", "dllm_algorithm",
+])  # fmt: skip
+def test_every_refused_field_exists(field):
+    """A refusal that reads a field SGLang no longer has would refuse nothing."""
+    import msgspec
+
+    from saw_int4.sglang_plugin.refusals import REFUSALS
+
+    fields = {f.name for f in msgspec.structs.fields(ServerArgs)}
+    assert field in fields
+    assert field in {refusal.field for refusal in REFUSALS}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SAW_INT4_ROTATION": "maybe"}, "expected one of"),
+        ({"SAW_INT4_ROTATION_ORDER": "128"}, "divides head_dim 64"),
+        ({"SAW_INT4_ROTATION": "none", "HADAMARD": "1"}, "Unset one of them"),
+        ({"SGLANG_USE_HND_KVCACHE": "1"}, "SGLANG_USE_HND_KVCACHE"),
+        ({"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "1"}, "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
+    ],
+)
+def test_variables(model, monkeypatch, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        start(model)
+
+
+def test_head_dim(model, tmp_path):
+    with pytest.raises(ValueError, match="head_dim is 24, expected a positive multiple of 16"):
+        start(qwen3(model, tmp_path / "odd", head_dim=24))
+
+
+def test_mla(model, tmp_path):
+    from transformers import DeepseekV3Config
+
+    config = DeepseekV3Config(
+        num_hidden_layers=2, vocab_size=512, hidden_size=64, architectures=["DeepseekV3ForCausalLM"]
+    )
+    config.save_pretrained(tmp_path / "mla")
+    with pytest.raises(ValueError, match="MLA"):
+        start(tmp_path / "mla", skip_tokenizer_init=True)
+
+
+def test_device_without_kernels(model, monkeypatch):
+    from saw_int4.sglang_plugin import refusals
+
+    with pytest.raises(ValueError, match="no kernels for device 'npu'"):
+        refusals.check_kernels("npu")
+
+
+def test_untested_version(monkeypatch):
+    monkeypatch.setattr(verify, "sglang_version", lambda: "0.9.9")
+    with pytest.raises(RuntimeError, match="tested are 0.5.21, 0.5.23"):
+        verify.tested_version()
+    monkeypatch.setenv(env.ALLOW_UNTESTED_SGLANG, "1")
+    verify.tested_version()
+
+
+# ---- sabotage: a seam that did not land must end the start, never change the cache --------------------------------
+
+
+@pytest.mark.parametrize("target", sorted(register.hooks()))
+def test_missing_hook(model, monkeypatch, target):
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {target})
+    with pytest.raises(SystemExit, match=target.rsplit(".", 1)[1]):
+        start(model)
+    with pytest.raises(SystemExit, match="No other cache is used"):
+        verify.plugin_in_place()
+
+
+def test_failed_registration(model, monkeypatch):
+    monkeypatch.setattr(register, "_failures", ["RuntimeError: seam gone"])
+    with pytest.raises(SystemExit, match="seam gone"):
+        start(model)
+    start(model, kv_cache_dtype="auto")  # nobody else is bothered
+
+
+def test_seam_gone_at_registration(monkeypatch):
+    with pytest.raises(RuntimeError, match="SGLang has no"):
+        verify.target_exists("sglang.srt.mem_cache.memory_pool.NoSuchPool.method")
+
+
+def test_options_that_do_not_reach_the_scheduler(model, monkeypatch):
+    args = start(model)
+    assert verify.options_of_parent(args) == env.Options()
+    monkeypatch.setenv(env.RESOLVED, env.Options("none").to_json())  # unrotated where rotated was asked for
+    with pytest.raises(SystemExit, match="fingerprint"):
+        verify.options_of_parent(args)
+    monkeypatch.delenv(env.RESOLVED)
+    with pytest.raises(SystemExit, match="is not set"):
+        verify.options_of_parent(args)
+
+
+def test_parent_without_the_plugin(model):
+    args = ServerArgs(model_path=str(model), kv_cache_dtype="int4")
+    with pytest.raises(SystemExit, match="plugin was not active"):
+        verify.scheduler_init(lambda *_: pytest.fail("served"), None, args)
+
+
+class Runner:
+    """What the checks look at of a model runner."""
+
+    kv_cache_dtype_str = "int4"
+
+    def __init__(self, args, pool):
+        self.server_args, self.token_to_kv_pool = args, pool
+
+
+def make_pool(cls, **more):
+    import torch
+
+    return cls(
+        64,
+        page_size=1,
+        dtype=torch.uint4 if "dtype" not in more else more.pop("dtype"),
+        head_num=2,
+        head_dim=64,
+        layer_num=1,
+        device="cpu",
+        enable_memory_saver=False,
+        **more,
+    )
+
+
+def test_pools_other_than_the_one_asked_for(model, monkeypatch):
+    import torch
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    from saw_int4.sglang_plugin.pool import Int4KVPool
+
+    args = start(model)
+    verify.pool(Runner(args, make_pool(Int4KVPool)))
+    with pytest.raises(SystemExit, match="the KV pool is a MHATokenToKVPool"):
+        verify.pool(Runner(args, make_pool(MHATokenToKVPool, dtype=torch.bfloat16)))
+
+    monkeypatch.setenv(env.RESOLVED, env.Options("none").to_json())
+    unrotated = make_pool(Int4KVPool)
+    env.publish(env.Options())
+    with pytest.raises(SystemExit, match="no rotation"):
+        verify.pool(Runner(args, unrotated))
+
+    thin = make_pool(Int4KVPool)
+    thin.k_buffer[0] = thin.k_buffer[0][..., :-4].contiguous()
+    with pytest.raises(SystemExit, match="K of layer 0"):
+        verify.pool(Runner(args, thin))
+
+    runner = Runner(args, make_pool(Int4KVPool))
+    runner.kv_cache_dtype_str = "bf16"
+    with pytest.raises(SystemExit, match="resolved --kv-cache-dtype to 'bf16'"):
+        verify.pool(runner)
+
+
+def test_backend_other_than_ours(model, monkeypatch):
+    from saw_int4.sglang_plugin.pool import Int4KVPool
+
+    runner = Runner(start(model), make_pool(Int4KVPool))
+    runner.attn_backend = object()
+    with pytest.raises(SystemExit, match="the attention backend is object"):
+        verify.serving(runner)

@@ -18,7 +18,7 @@ from pathlib import Path
 PATCHES = Path(__file__).resolve().parent
 sys.path.insert(0, str(PATCHES.parent))
 
-from saw_int4 import patching  # noqa: E402
+from saw_int4 import patching, unified_diff  # noqa: E402
 from saw_int4.sglang_plugin import register  # noqa: E402
 from saw_int4.torchvision_compat import define_missing_operators  # noqa: E402
 
@@ -124,7 +124,7 @@ def compose(root: Path) -> dict[str, str]:
 
 def patch_text(path: str, reason: str, before: str | None, after: str) -> str:
     """One file's unified diff, with paths as in SGLang's repository, so that ``git apply`` takes it there."""
-    repo_path = patching.REPOSITORY_PREFIX + path
+    repo_path = unified_diff.REPOSITORY_PREFIX + path
     head = f"{repo_path}: {reason}\n\ndiff --git a/{repo_path} b/{repo_path}\n"
     old = f"a/{repo_path}"
     if before is None:
@@ -164,7 +164,7 @@ def find_function(tree: ast.AST, qualified_name: str) -> ast.FunctionDef | ast.A
 
 def add_import(text: str, name: str) -> str:
     """Import a name of the new module: where SGLang's sorted imports would have it, else after the last import."""
-    module = patching.REPOSITORY_PREFIX.rstrip("/").split("/")[-1] + "." + MODULE.removesuffix(".py").replace("/", ".")
+    module = "sglang." + MODULE.removesuffix(".py").replace("/", ".")
     body = ast.parse(text).body
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     siblings = [node for node in imports if getattr(node, "module", None) and node.module.startswith("sglang.")]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from saw_int4 import patching  # noqa: E402
+from saw_int4.unified_diff import PatchError  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,12 +32,12 @@ def main(argv: list[str] | None = None) -> int:
             state = patching.known_state(tree, series)
             print(f"{state.value}: {where}, {len(series.hunks)} patches")
             if state is patching.State.INTERRUPTED:
-                raise patching.PatchError("a run was killed here. Finish it with --apply, or undo it with --revert.")
+                raise PatchError("a run was killed here. Finish it with --apply, or undo it with --revert.")
         else:
             changed = getattr(patching, args.action)(tree, series)
             done = "patched" if args.action == "apply" else "unpatched"
             print(f"{done}: {where}{'' if changed else ', as it was before'}")
-    except patching.PatchError as error:
+    except PatchError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1
     return 0

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saw_int4 import patching
-from saw_int4.patching import PatchError, State
+from saw_int4 import patching, unified_diff
+from saw_int4.patching import State
+from saw_int4.unified_diff import PatchError
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = "1.2.3"
@@ -32,7 +33,7 @@ NL, NO_NEWLINE = "\n", "\n\\ No newline at end of file\n"
 
 
 def unified(path: str, old: str | None, new: str) -> str:
-    full = patching.REPOSITORY_PREFIX + path
+    full = unified_diff.REPOSITORY_PREFIX + path
     lines = (text.splitlines(keepends=True) for text in (old or "", new))
     diff = difflib.unified_diff(*lines, "/dev/null" if old is None else f"a/{full}", f"b/{full}")
     return "why\n\n" + "".join(
@@ -201,13 +202,13 @@ def test_a_series_that_was_tampered_with(patches, root):
 )
 def test_malformed_patches(text, said):
     with pytest.raises(PatchError, match=said):
-        patching.parse_patch("p.patch", text.encode())
+        unified_diff.parse("p.patch", text.encode())
 
 
 def test_hunks_never_move():
-    _, hunks = patching.parse_patch("p.patch", unified("srt/a.py", "a\nb\nc\n", "a\nB\nc\n").encode())
+    _, hunks = unified_diff.parse("p.patch", unified("srt/a.py", "a\nb\nc\n", "a\nB\nc\n").encode())
     with pytest.raises(PatchError, match="are not those of the patch"):
-        patching.patched("srt/a.py", b"new line\na\nb\nc\n", hunks)
+        unified_diff.patched("srt/a.py", b"new line\na\nb\nc\n", hunks)
 
 
 text_files = st.lists(st.sampled_from(["", "a", "b", "c", "-- d", "++ e", "@@ f"]), max_size=30).map(
@@ -218,14 +219,14 @@ text_files = st.lists(st.sampled_from(["", "a", "b", "c", "-- d", "++ e", "@@ f"
 @settings(max_examples=200, deadline=None)
 @given(text_files, text_files, st.integers(0, 4))
 def test_any_diff_there_and_back(old, new, context):
-    full = patching.REPOSITORY_PREFIX + "x"
+    full = unified_diff.REPOSITORY_PREFIX + "x"
     lines = (text.splitlines(keepends=True) for text in (old, new))
     diff = "".join(difflib.unified_diff(*lines, f"a/{full}", f"b/{full}", n=context))
     if not diff:
         return
-    _, hunks = patching.parse_patch("p.patch", diff.encode())
-    assert patching.patched("x", old.encode(), hunks) == new.encode()
-    assert patching.patched("x", new.encode(), hunks, reverse=True) == old.encode()
+    _, hunks = unified_diff.parse("p.patch", diff.encode())
+    assert unified_diff.patched("x", old.encode(), hunks) == new.encode()
+    assert unified_diff.patched("x", new.encode(), hunks, reverse=True) == old.encode()
 
 
 # ---- which tree, which series -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE, sgla
 
 logger = logging.getLogger(__name__)
 
-PATCHED, HOOKED, MISSING = "patched", "hooked", "missing"
+HELD = ("patched", "hooked")  # see seams()
 
 _failures: list[str] = []
 _done = False
@@ -45,19 +45,17 @@ def failures() -> list[str]:
     if not (_done or _failures):  # no plugin here: SGLang's own source must hold the seams
         attempt(verify.tested_version)
     found = {} if _failures else attempt(seams) or {}
-    return _failures + [f"SGLang has no seam of ours on {target}" for target, how in found.items() if how == MISSING]
+    return _failures + [f"the seam on SGLang's {target} is {how}" for target, how in found.items() if how not in HELD]
 
 
 def seams() -> dict[str, str]:
-    """Every function that the plugin wraps: PATCHED in SGLang's source, HOOKED by its plugin loader, or MISSING."""
+    """Every function that the plugin wraps: "patched" in SGLang's source, "hooked" by its plugin loader, or a fault."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     from saw_int4.sglang_plugin import native
 
-    def how(target: str) -> str:
-        return PATCHED if native.is_seam(target) else HOOKED if target in HookRegistry._patched else MISSING
-
-    return {target: how(target) for target in hooks()}
+    hows = {(True, False): "patched", (False, True): "hooked", (False, False): "missing", (True, True): "there twice"}
+    return {target: hows[native.is_seam(target), target in HookRegistry._patched] for target in hooks()}
 
 
 def hooks() -> dict[str, Callable]:

@@ -11,7 +11,7 @@ import pytest
 from server import ROOT, environment
 
 from saw_int4.finding import BROKEN, OK
-from saw_int4.sglang_plugin import fit, register, verify
+from saw_int4.sglang_plugin import fit, native, register, verify
 
 pytestmark = pytest.mark.both_versions
 
@@ -68,7 +68,14 @@ def test_missing_hook(monkeypatch):
     list(fit.findings())  # loads the plugins
     target = next(iter(register.hooks()))
     monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {target})
-    assert problems() == [f"plugin: SGLang has no seam of ours on {target}"]
+    assert problems() == [f"plugin: the seam on SGLang's {target} is missing"]
+
+
+def test_seam_that_is_patched_and_hooked(monkeypatch):
+    list(fit.findings())
+    target = next(iter(register.hooks()))
+    monkeypatch.setattr(native, "is_seam", lambda seam: seam == target)
+    assert problems() == [f"plugin: the seam on SGLang's {target} is there twice"]
 
 
 def test_seam_with_another_signature(monkeypatch):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from saw_int4.calibration.fit import KeyTransform
 from saw_int4.format import FORMAT_VERSION
 
 ARTIFACT_VERSION = 1
@@ -21,15 +21,14 @@ MANIFEST = "saw_int4_calibration"
 
 @dataclass(frozen=True)
 class Calibration:
-    """mu and s of every attention layer.
+    """The key transform of every attention layer.
 
     Attributes:
-        mean, scale: layer index -> fp32 ``[H_kv, D]``, all KV heads of the model.
+        layers: layer index -> mu, s and signs, fp32 ``[H_kv, D]`` each, all KV heads of the model, on CPU.
         manifest: what they belong to and how they came about; see ``build``.
     """
 
-    mean: dict[int, Tensor]
-    scale: dict[int, Tensor]
+    layers: dict[int, KeyTransform]
     manifest: dict
 
     @property
@@ -37,26 +36,25 @@ class Calibration:
         """16 hex digits over the vectors: what ``KVFormat.calibration`` carries."""
         return self.manifest["hash"][:16]
 
-    def rank(self, layer: int, tp_rank: int, tp_size: int) -> tuple[Tensor, Tensor]:
-        """(mean, scale) of the KV heads that a tensor-parallel rank holds, ``[max(1, H_kv / tp_size), D]``.
+    def rank(self, layer: int, tp_rank: int, tp_size: int) -> KeyTransform:
+        """The transform of the KV heads that a tensor-parallel rank holds, ``[max(1, H_kv / tp_size), D]`` each.
 
         Ranks outnumbering the heads share them, as consecutive ranks do in SGLang.
 
         Raises:
             ValueError: the layer is not in the artifact, or heads and ranks do not divide.
         """
-        if layer not in self.mean:
+        if layer not in self.layers:
             raise ValueError(
-                f"calibration artifact: layer {layer} is not in it, it has {sorted(self.mean)}. "
+                f"calibration artifact: layer {layer} is not in it, it has {sorted(self.layers)}. "
                 "Calibrate this model: saw-int4 calibrate --model PATH."
             )
-        heads = self.mean[layer].shape[0]
+        heads = self.layers[layer].mean.shape[0]
         if max(heads, tp_size) % min(heads, tp_size):
             raise ValueError(f"calibration artifact: {heads} KV heads cannot be dealt out to {tp_size} ranks.")
         per_rank = max(1, heads // tp_size)
         start = tp_rank * heads // tp_size
-        part = slice(start, start + per_rank)
-        return self.mean[layer][part].contiguous(), self.scale[layer][part].contiguous()
+        return KeyTransform(*(vector[start : start + per_rank].contiguous() for vector in self.layers[layer]))
 
     def check(self, **expected) -> None:
         """Compare manifest fields with what the server has: model, format_version, head_dim, num_kv_heads, ...
@@ -73,33 +71,34 @@ class Calibration:
                 )
 
 
-def build(mean: dict[int, Tensor], scale: dict[int, Tensor], **manifest) -> Calibration:
-    """A calibration from its vectors, shapes and hash filled in.
+def build(layers: dict[int, KeyTransform], **manifest) -> Calibration:
+    """A calibration from its transforms, shapes and hash filled in.
 
     Args:
         manifest: at least ``model`` (fingerprint) and ``rotation_order``; any JSON values.
     """
-    heads, head_dim = next(iter(mean.values())).shape
+    heads, head_dim = next(iter(layers.values())).mean.shape
     manifest = {
         "artifact_version": ARTIFACT_VERSION,
         "format_version": FORMAT_VERSION,
-        "layers": sorted(mean),
+        "layers": sorted(layers),
         "num_kv_heads": heads,
         "head_dim": head_dim,
         **manifest,
     }
-    manifest["hash"] = _hash(mean, scale, manifest["rotation_order"])
-    return Calibration(mean, scale, manifest)
+    manifest["hash"] = _hash(layers, manifest["rotation_order"])
+    return Calibration(layers, manifest)
 
 
 def save(calibration: Calibration, path: Path) -> None:
     """Write the artifact; whole or not at all."""
     from safetensors.torch import save_file
 
-    tensors = {}
-    for layer in calibration.mean:
-        tensors[f"layers.{layer}.k_mean"] = calibration.mean[layer].contiguous()
-        tensors[f"layers.{layer}.k_scale"] = calibration.scale[layer].contiguous()
+    tensors = {
+        f"layers.{layer}.k_{name}": vector.contiguous()
+        for layer, transform in calibration.layers.items()
+        for name, vector in transform._asdict().items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata={MANIFEST: json.dumps(calibration.manifest, sort_keys=True)})
@@ -131,23 +130,28 @@ def load(path: Path) -> Calibration:
                 f"calibration artifact {path}: {field} is {manifest.get(field)}, this version reads {value}. "
                 "Calibrate again: saw-int4 calibrate."
             )
-    mean = {layer: tensors[f"layers.{layer}.k_mean"] for layer in manifest["layers"]}
-    scale = {layer: tensors[f"layers.{layer}.k_scale"] for layer in manifest["layers"]}
-    found = _hash(mean, scale, manifest["rotation_order"])
+    layers = {
+        layer: KeyTransform(*(tensors[f"layers.{layer}.k_{name}"] for name in KeyTransform._fields))
+        for layer in manifest["layers"]
+    }
+    found = _hash(layers, manifest["rotation_order"])
     if found != manifest["hash"]:
         raise ValueError(
             f"calibration artifact {path}: hash is {found}, its manifest says {manifest['hash']}: damaged."
         )
-    for layer in mean:
-        if not (mean[layer].isfinite().all() and scale[layer].isfinite().all() and (scale[layer] > 0).all()):
-            raise ValueError(f"calibration artifact {path}: layer {layer} has values that are not finite and positive.")
-    return Calibration(mean, scale, manifest)
+    for layer, (mean, scale, sign) in layers.items():
+        if not (mean.isfinite().all() and scale.isfinite().all() and (scale > 0).all() and (sign.abs() == 1).all()):
+            raise ValueError(
+                f"calibration artifact {path}: layer {layer} has values out of range, expected finite mean, finite "
+                "positive scale, and signs of +1 or -1. Calibrate again: saw-int4 calibrate."
+            )
+    return Calibration(layers, manifest)
 
 
-def _hash(mean: dict[int, Tensor], scale: dict[int, Tensor], rotation_order: int) -> str:
+def _hash(layers: dict[int, KeyTransform], rotation_order: int) -> str:
     digest = hashlib.sha256(f"{FORMAT_VERSION} {rotation_order}".encode())
-    for layer in sorted(mean):
-        for vector in (mean[layer], scale[layer]):
+    for layer in sorted(layers):
+        for vector in layers[layer]:
             digest.update(f"{layer} {tuple(vector.shape)}".encode())
             digest.update(vector.to(torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()

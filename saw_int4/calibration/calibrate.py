@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from saw_int4.calibration import artifact, collect, fit
 from saw_int4.calibration.artifact import Calibration
-from saw_int4.calibration.attention_hook import load_model
+from saw_int4.calibration.attention_hook import AttentionCall, load_model
 from saw_int4.calibration.fingerprint import model_fingerprint
 from saw_int4.calibration.statistics import LayerStatistics
 from saw_int4.calibration.text import BUILTIN
@@ -41,18 +41,17 @@ def calibrate(
     ids = tokenizer(text or BUILTIN, return_tensors="pt").input_ids[0][:tokens]
     layers: dict[int, fit.LayerFit] = {}
 
-    def consume(index: int, statistics: LayerStatistics) -> None:
-        order = rotation_order or default_rotation_order(statistics.k_mean.shape[-1])
-        layers[index] = fit.fit_layer(statistics, order)
+    def consume(call: AttentionCall, statistics: LayerStatistics) -> None:
+        order = rotation_order or default_rotation_order(call.k.shape[-1])
+        layers[call.layer] = fit.fit_layer(statistics, order)
 
     opening = collect.first_tokens(tokenizer, ids)
     with tqdm(total=network.config.num_hidden_layers, desc="calibrating", unit="layer") as bar:
         collect.collect(network, ids, opening, consume, progress=lambda done: bar.update(done - bar.n))
     return artifact.build(
-        {i: layer.mean for i, layer in layers.items()},
-        {i: layer.scale for i, layer in layers.items()},
+        {i: layer.transform for i, layer in layers.items()},
         model=fingerprint,
-        rotation_order=rotation_order or default_rotation_order(layers[min(layers)].mean.shape[-1]),
+        rotation_order=rotation_order or default_rotation_order(layers[min(layers)].transform.mean.shape[-1]),
         text={
             "sha256": hashlib.sha256((text or BUILTIN).encode()).hexdigest(),
             "tokens": len(ids),

@@ -29,10 +29,10 @@ def collect(
     model,
     ids: Tensor,
     opening: list[int],
-    consume: Callable[[int, LayerStatistics], None],
+    consume: Callable[[AttentionCall, LayerStatistics], None],
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Run the model over the text, and hand each layer's statistics to ``consume(layer, statistics)`` as it passes.
+    """Run the model over the text, and call ``consume(call, statistics)`` for each attention layer as it passes.
 
     Args:
         model: as ``attention_hook.load_model`` gives it.
@@ -56,7 +56,7 @@ def collect(
         return call.k, call.v
 
     def observe(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        consume(call.layer, LayerStatistics.of(call, first[call.layer]))
+        consume(call, LayerStatistics.of(call, first[call.layer]))
         seen.add(call.layer)
         progress(len(seen))
         return call.k, call.v

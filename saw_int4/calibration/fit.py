@@ -1,10 +1,12 @@
-"""From statistics to mu and s, and what they are worth on held-out tokens.
+"""From statistics to mu, s and signs, and what they are worth on held-out tokens.
 
-Per KV head and channel::
+Per KV head and channel, K' = sign * H_R((K - mu) / s)::
 
-    mu = mean of k                       a constant in the keys costs nothing then
-    s  = sqrt(std of k / rms of q)       noise spread evenly over K' hurts every channel of q' alike, which makes the
+    mu    mean of k                      a constant in the keys costs nothing then
+    s     sqrt(std of k / rms of q)      noise spread evenly over K' hurts every channel of q' alike, which makes the
                                          result independent of how the checkpoint splits scale between q and k
+    sign  of the main direction of q'    a row's offset is fitted, so that its error has no component along the constant
+                                         vector; the signs turn that vector to where the queries have most energy
 
 mu is then moved by less than one quantization step, so that the mean first key of a sequence, on which many heads
 park most of their attention, falls exactly on the grid of its own row. That key hardly varies between prompts in such
@@ -16,6 +18,7 @@ A head keeps these only where held-out attention is closer to exact with them th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,20 +30,41 @@ from saw_int4.format import row_bytes
 PLAIN, CENTRED, BALANCED = "plain", "centred", "balanced"
 
 
+class KeyTransform(NamedTuple):
+    """One layer's ``K' = sign * H_R((K - mean) / scale)``, ``q' = sign * H_R(q * scale)``; fp32 ``[H_kv, D]``."""
+
+    mean: Tensor
+    scale: Tensor
+    sign: Tensor
+
+    def forward(self, k: Tensor, rotation_order: int) -> Tensor:
+        """Keys fp32 ``[T, H_kv, D]`` into the transformed space."""
+        return ops.transform_rows(
+            k.contiguous(), rotation_order=rotation_order, mean=self.mean, mul=1 / self.scale, sign=self.sign
+        )
+
+    def backward(self, k: Tensor, rotation_order: int) -> Tensor:
+        """The way back."""
+        return ops.transform_rows(k.contiguous(), rotation_order=rotation_order, mul=self.sign) * self.scale + self.mean
+
+    def queries(self, q: Tensor, rotation_order: int) -> Tensor:
+        """Queries fp32 ``[n, H_q, D]`` into the transformed space."""
+        return ops.transform_rows(q.contiguous(), rotation_order=rotation_order, mul=self.scale, sign=self.sign)
+
+
 @dataclass
 class LayerFit:
     """One layer's transform and what was measured of it.
 
     Attributes:
-        mean, scale: fp32 ``[H_kv, D]`` on CPU: mu and s.
+        transform: on CPU.
         choice: per KV head, PLAIN, CENTRED or BALANCED.
         kl: per KV head, mean KL divergence (nats) of held-out attention distributions with this transform.
-        kl_plain: the same with mu = 0 and s = 1.
+        kl_plain: the same with the rotation alone.
         v_error, v_error_rotated: relative RMS error of the held-out attention output from V alone.
     """
 
-    mean: Tensor
-    scale: Tensor
+    transform: KeyTransform
     choice: list[str]
     kl: list[float]
     kl_plain: list[float]
@@ -51,31 +75,61 @@ class LayerFit:
 def fit_layer(statistics: LayerStatistics, rotation_order: int) -> LayerFit:
     """Fit one layer for one rotation order (1: none)."""
     held_out = statistics.held_out
-    mean = statistics.k_mean.float()
-    ones = torch.ones_like(mean)
-    balanced = balance(statistics.k_std, statistics.q_rms).float()
-    first = statistics.first_key
     candidates = {
-        PLAIN: (torch.zeros_like(mean), ones),
-        CENTRED: (align(mean, ones, first, rotation_order), ones),
-        BALANCED: (align(mean, balanced, first, rotation_order), balanced),
+        PLAIN: plain(statistics),
+        CENTRED: align(signed(centred(statistics), statistics, rotation_order), statistics, rotation_order),
+        BALANCED: align(signed(balanced(statistics), statistics, rotation_order), statistics, rotation_order),
     }
     exact = attention_logits(held_out)
-    divergence = {name: key_divergence(held_out, exact, *c, rotation_order) for name, c in candidates.items()}
-    choice = [min(candidates, key=lambda name: float(divergence[name][h])) for h in range(len(mean))]
-
-    def chosen(of: int) -> Tensor:
-        return torch.stack([candidates[name][of][h] for h, name in enumerate(choice)]).cpu()
-
+    divergence = {name: key_divergence(held_out, exact, c, rotation_order) for name, c in candidates.items()}
+    heads = range(statistics.k_mean.shape[0])
+    choice = [min(candidates, key=lambda name: float(divergence[name][h])) for h in heads]
+    vectors = [torch.stack([candidates[name][i][h] for h, name in enumerate(choice)]).cpu() for i in range(3)]
     return LayerFit(
-        mean=chosen(0),
-        scale=chosen(1),
+        transform=KeyTransform(*vectors),
         choice=choice,
         kl=[float(divergence[name][h]) for h, name in enumerate(choice)],
         kl_plain=divergence[PLAIN].tolist(),
         v_error=value_error(held_out, exact, 1),
         v_error_rotated=value_error(held_out, exact, rotation_order),
     )
+
+
+def plain(statistics: LayerStatistics) -> KeyTransform:
+    """The rotation alone."""
+    ones = torch.ones_like(statistics.first_key)
+    return KeyTransform(torch.zeros_like(ones), ones, ones)
+
+
+def centred(statistics: LayerStatistics) -> KeyTransform:
+    """mu alone."""
+    return plain(statistics)._replace(mean=statistics.k_mean.float())
+
+
+def balanced(statistics: LayerStatistics) -> KeyTransform:
+    """mu and s."""
+    return centred(statistics)._replace(scale=balance(statistics.k_std, statistics.q_rms).float())
+
+
+def signed(transform: KeyTransform, statistics: LayerStatistics, rotation_order: int) -> KeyTransform:
+    """With the signs of the direction in which the transformed queries have most of their energy."""
+    scale = transform.scale.double()
+    moment = statistics.q_moment * scale[:, :, None] * scale[:, None, :]
+    identity = torch.eye(scale.shape[1], dtype=torch.float32, device=scale.device)[:, None]
+    rotation = ops.transform_rows(identity, rotation_order=rotation_order)[:, 0].double()
+    main = torch.linalg.eigh(rotation @ moment @ rotation).eigenvectors[..., -1]
+    return transform._replace(sign=torch.where(main >= 0, 1.0, -1.0).float())
+
+
+def align(transform: KeyTransform, statistics: LayerStatistics, rotation_order: int) -> KeyTransform:
+    """With mu moved so that the first key is quantized without error.
+
+    The rows of a grid are closed under quantization: where the transformed key is what quantization made of it, doing
+    it again changes nothing. So mu takes up the error.
+    """
+    key = transform.forward(statistics.first_key[None], rotation_order)
+    error = ops.transform_rows(round_trip(key) - key, rotation_order=rotation_order, mul=transform.sign)[0]
+    return transform._replace(mean=transform.mean - error * transform.scale)
 
 
 def balance(k_std: Tensor, q_rms: Tensor) -> Tensor:
@@ -92,22 +146,6 @@ def balance(k_std: Tensor, q_rms: Tensor) -> Tensor:
     k_std = floored(k_std)
     s = (k_std / floored(q_rms)).sqrt()
     return s * (k_std / s).square().mean(-1, keepdim=True).sqrt()
-
-
-def align(mean: Tensor, scale: Tensor, key: Tensor, rotation_order: int) -> Tensor:
-    """mu near ``mean`` for which ``key`` is quantized without error. All fp32 ``[H_kv, D]``.
-
-    The rows of a grid are closed under quantization: where ``key - mu`` is what quantization made of it, doing it
-    again changes nothing. So mu takes up the error.
-    """
-    transformed = transform(key[None], mean, scale, rotation_order)
-    error = round_trip(transformed) - transformed
-    return mean - ops.transform_rows(error, rotation_order=rotation_order)[0] * scale
-
-
-def transform(k: Tensor, mean: Tensor, scale: Tensor, rotation_order: int) -> Tensor:
-    """``H_R((k - mean) / scale)`` of fp32 ``[T, H_kv, D]``."""
-    return ops.transform_rows(k.contiguous(), rotation_order=rotation_order, mean=mean, mul=1 / scale)
 
 
 def round_trip(x: Tensor) -> Tensor:
@@ -127,14 +165,14 @@ def attention_logits(sample: HeldOut) -> Tensor:
     return logits.masked_fill(~sample.seen[:, None], float("-inf"))
 
 
-def key_divergence(sample: HeldOut, exact: Tensor, mean: Tensor, scale: Tensor, rotation_order: int) -> Tensor:
+def key_divergence(sample: HeldOut, exact: Tensor, transform: KeyTransform, rotation_order: int) -> Tensor:
     """Per KV head ``[H_kv]``: mean KL(exact attention || attention over quantized keys), nats."""
-    keys = transform(sample.k, mean, scale, rotation_order)
+    keys = transform.forward(sample.k, rotation_order)
     group = sample.q.shape[1] // sample.k.shape[1]
-    q = ops.transform_rows(sample.q.contiguous(), rotation_order=rotation_order, mul=scale)
     # The transform is exact, so only the rows' error moves the logits.
     error = (round_trip(keys) - keys).repeat_interleave(group, 1)
-    quantized = exact + torch.einsum("nhd,thd->nht", q, error) * sample.sm_scale
+    shift = torch.einsum("nhd,thd->nht", transform.queries(sample.q, rotation_order), error)
+    quantized = exact + shift * sample.sm_scale
     p = exact.softmax(-1)
     terms = p * (exact.log_softmax(-1) - quantized.log_softmax(-1)).masked_fill(~sample.seen[:, None], 0.0)
     return terms.sum(-1).unflatten(1, (-1, group)).mean((0, 2))

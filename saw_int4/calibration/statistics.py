@@ -22,14 +22,14 @@ class LayerStatistics:
 
     Attributes:
         k_mean, k_std: float64 ``[H_kv, D]``, post-RoPE.
-        q_rms: float64 ``[H_kv, D]``, over the query heads of the group.
+        q_moment: float64 ``[H_kv, D, D]``, mean of ``q q^T`` over the query heads of the group.
         first_key: fp32 ``[H_kv, D]``, the mean key at position 0.
         held_out: queries that took no part.
     """
 
     k_mean: Tensor
     k_std: Tensor
-    q_rms: Tensor
+    q_moment: Tensor
     first_key: Tensor
     held_out: HeldOut
 
@@ -39,13 +39,19 @@ class LayerStatistics:
         fitted = round(FIT_SHARE * call.k.shape[0])
         k, q = call.k[1:fitted].double(), call.q[1:fitted].double().unflatten(1, (call.k.shape[1], -1))
         mean = k.mean(0)
+        q = q.transpose(0, 1).flatten(1, 2)
         return cls(
             k_mean=mean,
             k_std=(k - mean).square().mean(0).sqrt(),
-            q_rms=q.square().mean((0, 2)).sqrt(),
+            q_moment=q.mT @ q / q.shape[1],
             first_key=first_key.float(),
             held_out=HeldOut.of(call, fitted),
         )
+
+    @property
+    def q_rms(self) -> Tensor:
+        """``[H_kv, D]`` float64."""
+        return self.q_moment.diagonal(dim1=-2, dim2=-1).sqrt()
 
 
 @dataclass

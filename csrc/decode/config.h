@@ -76,8 +76,10 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   const int row = row_bytes(shape.head_dim);
   const int token = shape.num_kv_heads * row, run = plan.heads_per_block * row;
   plan.chunk_bytes = token % 16 == 0 ? 16 : token % 8 == 0 ? 8 : 4;
-  // A run of heads may start up to chunk_bytes - 4 past a chunk.
-  const int window = run + (run % plan.chunk_bytes == 0 ? 0 : plan.chunk_bytes - 4);
+  // A run of heads may start anywhere in a chunk; no run reads past its token.
+  int window = 0;
+  for (int first = 0; first < shape.num_kv_heads; first += plan.heads_per_block)
+    window = std::max(window, first * row % plan.chunk_bytes + run);
   plan.chunks_per_token = (window + plan.chunk_bytes - 1) / plan.chunk_bytes;
   plan.chunk_magic = static_cast<uint32_t>(((uint64_t{1} << 32) + plan.chunks_per_token - 1) / plan.chunks_per_token);
   plan.token_stride = (plan.chunks_per_token * plan.chunk_bytes + 15) / 16 * 16;
@@ -98,7 +100,9 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   plan.rows_offset = plan.slots_offset + plan.stages * plan.tile_tokens * 4;
   plan.scratch_offset = plan.rows_offset + kRowsPerTile * plan.row_tiles * 16;
   plan.shared_bytes = plan.scratch_offset + kDecodeScratchBytes;
-  plan.piece_floats = static_cast<int64_t>(plan.heads_per_block) * plan.rows_per_head * (shape.head_dim + 2);
+  // Whole 16 bytes, so that every piece starts aligned.
+  plan.piece_floats =
+      (static_cast<int64_t>(plan.heads_per_block) * plan.rows_per_head * (shape.head_dim + 2) + 3) / 4 * 4;
 }
 
 // Bytes of partial results that the last block of a run reads, when B requests share the grid evenly.
@@ -149,7 +153,7 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
 inline int64_t partial_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim) {
   // Rows in flight per SM: 16 warps x 8 rows, or 8 warps x 16 or 32; up to 4 blocks share the rows of one request.
   const int64_t rows_per_sm = std::min<int64_t>(kMaxWarps * kRowsPerTile * 4, 4 * num_query_rows * num_q_heads);
-  return 2 * static_cast<int64_t>(sm_count) * rows_per_sm * (head_dim + 2) * 4;
+  return 2 * static_cast<int64_t>(sm_count) * rows_per_sm * (head_dim + 4) * 4;  // a piece rounds up to 16 bytes
 }
 inline int64_t decode_workspace_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim) {
   return partial_bytes(sm_count, num_query_rows, num_q_heads, head_dim) + num_query_rows * num_q_heads * 4;

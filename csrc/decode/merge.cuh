@@ -98,7 +98,7 @@ SAW_INT4_DEVICE RowPiece<D> merge_warps(const WarpPieces<D>& pieces, int first_w
   return sum;
 }
 
-// A slot of the workspace: (m, l) of heads_per_block * rows_per_head rows, then their O.
+// A slot of the workspace: O of heads_per_block * rows_per_head rows, 16-byte aligned, then their (m, l).
 template <int D>
 struct BlockPiece {
   float* base;
@@ -106,9 +106,9 @@ struct BlockPiece {
   SAW_INT4_DEVICE BlockPiece(const DecodeParams& p, const DecodePlan& plan, int slot)
       : base(static_cast<float*>(p.workspace) + slot * plan.piece_floats),
         rows(plan.heads_per_block * plan.rows_per_head) {}
-  SAW_INT4_DEVICE float2* sums(int row) const { return reinterpret_cast<float2*>(base) + row; }
+  SAW_INT4_DEVICE float2* sums(int row) const { return reinterpret_cast<float2*>(base + rows * D) + row; }
   SAW_INT4_DEVICE float4* values(int row) const {
-    return reinterpret_cast<float4*>(base + 2 * rows + row * D + dev::lane_id() * RowPiece<D>::kPerLane);
+    return reinterpret_cast<float4*>(base + row * D + dev::lane_id() * RowPiece<D>::kPerLane);
   }
 };
 

@@ -274,17 +274,18 @@ inline float div_rn(float a, float b) {
 inline float fma_rn(float a, float b, float c) {
   return std::fma(a, b, c);
 }
+// +0 is larger than -0, and the other operand wins against a NaN, or loses in the _nan variants.
 inline float fmin(float a, float b) {
-  return std::fmin(a, b);
+  return a == b ? (std::signbit(a) ? a : b) : std::fmin(a, b);
 }
 inline float fmax(float a, float b) {
-  return std::fmax(a, b);
+  return a == b ? (std::signbit(a) ? b : a) : std::fmax(a, b);
 }
 inline float fmin_nan(float a, float b) {
-  return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b);
+  return std::isnan(a) || std::isnan(b) ? NAN : dev::fmin(a, b);
 }
 inline float fmax_nan(float a, float b) {
-  return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b);
+  return std::isnan(a) || std::isnan(b) ? NAN : dev::fmax(a, b);
 }
 inline bool is_finite(float x) {
   return (float_bits(x) & 0x7f800000u) != 0x7f800000u;

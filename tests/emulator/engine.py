@@ -23,7 +23,7 @@ class EmulatedEngine:
 
     def __init__(self) -> None:
         self._library = build.load_library("_emulated_ops", SOURCES, link_torch=True)
-        self._workspace = torch.zeros(0, dtype=torch.uint8)
+        self._workspaces: dict[tuple[int, int], Tensor] = {}
 
     def configure(self, *, order: str = "ascending", resident_blocks: int = 1, seed: int = 0, sm_count: int = 4):
         """How later launches run: block order "ascending", "descending" or "shuffled"; blocks in flight at a time;
@@ -105,11 +105,13 @@ class EmulatedEngine:
         return out
 
     def _workspace_for(self, q: Tensor) -> Tensor:
-        """One workspace for all calls, as a server has: what a call leaves behind, the next one finds."""
-        needed = self._library.decode_workspace_bytes(*q.shape)
-        if self._workspace.numel() < needed:
-            self._workspace = torch.zeros(needed, dtype=torch.uint8)
-        return self._workspace
+        """One workspace for all calls of a model's shape, as a server has: what a call leaves, the next one finds."""
+        rows, heads, head_dim = q.shape
+        needed = self._library.decode_workspace_bytes(max(rows, 64), heads, head_dim)
+        workspace = self._workspaces.get((heads, head_dim))
+        if workspace is None or workspace.numel() < needed:
+            workspace = self._workspaces[heads, head_dim] = torch.zeros(needed, dtype=torch.uint8)
+        return workspace
 
     def gather_kv(self, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_out: Tensor, v_out: Tensor) -> None:
         self._library.gather_kv(k_cache, v_cache, slots, k_out, v_out)

@@ -455,5 +455,9 @@ PYBIND11_MODULE(SAW_INT4_MODULE, m) {
   m.def("float_to_bf16", &saw_int4::emulator::float_to_bf16);
   m.def("half_fma", &saw_int4::emulator::half_fma);
   m.def("prmt", &saw_int4::dev::prmt);
+  m.def("fmin", &saw_int4::dev::fmin);
+  m.def("fmax", &saw_int4::dev::fmax);
+  m.def("fmin_nan", &saw_int4::dev::fmin_nan);
+  m.def("fmax_nan", &saw_int4::dev::fmax_nan);
   m.def("dot_u8x4", &saw_int4::dev::dot_u8x4);
 }

@@ -314,3 +314,13 @@ def test_prmt(emulator, selector, expected):
 
 def test_dot_of_bytes(emulator):
     assert emulator.dot_u8x4(0xFF020304, 0xFF0A0B0C, 5) == 255 * 255 + 2 * 10 + 3 * 11 + 4 * 12 + 5
+
+
+def test_minimum_and_maximum(emulator):
+    nan = float("nan")
+    assert (emulator.fmin(1.0, 2.0), emulator.fmax(1.0, 2.0)) == (1.0, 2.0)
+    assert (emulator.fmin(nan, 2.0), emulator.fmax(1.0, nan)) == (2.0, 1.0)
+    assert math.isnan(emulator.fmin_nan(nan, 2.0)) and math.isnan(emulator.fmax_nan(1.0, nan))
+    for pair in ((0.0, -0.0), (-0.0, 0.0)):
+        for low, high in ((emulator.fmin, emulator.fmax), (emulator.fmin_nan, emulator.fmax_nan)):
+            assert (math.copysign(1, low(*pair)), math.copysign(1, high(*pair))) == (-1, 1)

@@ -65,14 +65,16 @@ class Cursor {
   // scratch: kDecodeScratchBytes of shared memory, 16-byte aligned.
   SAW_INT4_DEVICE explicit Cursor(uint32_t scratch) : scratch_(scratch) {}
 
-  // Finds the request that holds the block's first unit. All threads. False when no request has query rows.
+  // Finds the request that holds the block's first unit. All threads. False when there is nothing to do for it.
   SAW_INT4_DEVICE bool start(const DecodeParams& p, const DecodePlan& plan) const {
     const int threads = dev::thread_count();
     int64_t mine = 0, total = 0;
     for (int b = dev::thread_index(); b < p.num_requests; b += threads) mine += units_of(p, plan, b);
     block_scan(mine, scratch_, total);
     if (total == 0) return false;
-    const int64_t begin = block_begin(total, dev::block_index(), dev::block_count());
+    const int blocks = working_blocks(total, dev::block_count());
+    if (dev::block_index() >= blocks) return false;
+    const int64_t begin = block_begin(total, dev::block_index(), blocks);
     int64_t before = 0;
     for (int base = 0; before <= begin; base += threads) {
       const int b = base + dev::thread_index();
@@ -118,7 +120,7 @@ class Cursor {
     const auto total = dev::ld_shared<int64_t>(scratch_ + kTotalAt), unit = dev::ld_shared<int64_t>(scratch_ + kUnitAt);
     auto before = dev::ld_shared<int64_t>(scratch_ + kBeforeAt);
     int b = dev::ld_shared<int32_t>(scratch_ + kRequestAt);
-    const int block = dev::block_index(), blocks = dev::block_count();
+    const int block = dev::block_index(), blocks = working_blocks(total, dev::block_count());
     const int64_t end = block_begin(total, block + 1, blocks);
     if (unit >= end) {
       dev::st_shared<int32_t>(scratch_ + kPieceAt, -1);

@@ -1,7 +1,7 @@
 // How decode divides its work: pure functions of lengths and counts, run by the kernel and by the tests.
 //
 // The work of request b is a sequence of units, one for each (group of KV heads, pass of query rows, tile of tokens),
-// tiles fastest. The units of all requests form one line; of G blocks, block i takes the stretch
+// tiles fastest. The units of all requests form one line; of the G blocks that work, block i takes the stretch
 // [block_begin(i), block_begin(i + 1)). Stretches differ by at most one unit whatever the lengths are, and follow from
 // seq_lens alone, so that a captured launch is balanced at every replay. A run of tiles that several blocks share
 // (a "piece" each) is merged by the last of them to finish.
@@ -39,6 +39,11 @@ SAW_INT4_HD constexpr int64_t request_units(int64_t seq_len, int q_len, int64_t 
   if (q_len == 0) return 0;
   return static_cast<int64_t>(tile_range(seq_len, q_len, window, tile_tokens).tiles) *
          row_passes(q_len, group, rows_per_pass) * head_groups;
+}
+
+// Blocks that get work: no stretch between two others is empty, so a run's blocks are counted by their indices.
+SAW_INT4_HD constexpr int working_blocks(int64_t total_units, int blocks) {
+  return total_units < blocks ? static_cast<int>(total_units) : blocks;
 }
 
 // First unit of a block, and the block that owns a unit.

@@ -37,6 +37,12 @@ class AttentionCall(NamedTuple):
     sm_scale: float
     window: int | None
 
+    def where_operators_run(self) -> AttentionCall:
+        """Itself, or a copy on CPU where the extension has no kernels for its device."""
+        if self.k.is_cuda and not torch._C._dispatch_has_kernel_for_dispatch_key("saw_int4::append_kv", "CUDA"):
+            return self._replace(q=self.q.cpu(), k=self.k.cpu(), v=self.v.cpu())
+        return self
+
     def visible(self) -> Tensor:
         """Which tokens each row sees: bool ``[n, T]``."""
         tokens, rows = self.k.shape[0], self.q.shape[0]
@@ -92,7 +98,7 @@ def _attention(
     call = AttentionCall(module.layer_idx, *(x[0].transpose(0, 1) for x in (query, key, value)), scale, sliding_window)
     for replace in _active:
         k, v = replace(call)
-        key, value = (x.to(query.dtype).transpose(0, 1)[None] for x in (k, v))
+        key, value = (x.to(query).transpose(0, 1)[None] for x in (k, v))
     whole = query.shape[2] == key.shape[2] and (sliding_window is None or key.shape[2] <= sliding_window)
     out = torch.nn.functional.scaled_dot_product_attention(
         query,

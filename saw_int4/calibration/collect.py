@@ -52,11 +52,13 @@ def collect(
     seen: set[int] = set()
 
     def add_first(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        first[call.layer] = first.get(call.layer, 0.0) + call.k[0].float() / len(opening)
+        key = call.where_operators_run().k[0].float()
+        first[call.layer] = first.get(call.layer, 0.0) + key / len(opening)
         return call.k, call.v
 
     def observe(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        consume(call, LayerStatistics.of(call, first[call.layer]))
+        local = call.where_operators_run()
+        consume(local, LayerStatistics.of(local, first[call.layer]))
         seen.add(call.layer)
         progress(len(seen))
         return call.k, call.v

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 
@@ -33,11 +34,18 @@ class Window:
 
 def logits(model, ids: Tensor, quantizer: Quantizer | None) -> Tensor:
     """``[T, vocabulary]`` in the model's dtype, every key and value read back through the quantizer."""
-    with torch.inference_mode():
+    with torch.inference_mode(), hooked(_through(quantizer)):
+        return model(ids[None].to(model.device), use_cache=False).logits[0]
+
+
+def _through(quantizer: Quantizer | None) -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
+    def replace(call: AttentionCall) -> tuple[Tensor, Tensor]:
         if quantizer is None:
-            return model(ids[None].to(model.device), use_cache=False).logits[0]
-        with hooked(lambda call: quantizer(call.layer, call.k, call.v)):
-            return model(ids[None].to(model.device), use_cache=False).logits[0]
+            return call.k, call.v
+        local = call.where_operators_run()
+        return quantizer(call.layer, local.k, local.v)
+
+    return replace
 
 
 def compare(reference: Tensor, quantized: Tensor, ids: Tensor) -> Window:
@@ -94,11 +102,7 @@ def _interval(blocks: list[float]) -> tuple[float, float]:
 
 def generate(model, prompt: Tensor, count: int, quantizer: Quantizer | None) -> list[int]:
     """Greedy continuation of int64 ``[T]``, every cached key and value read through the quantizer."""
-
-    def replace(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        return (call.k, call.v) if quantizer is None else quantizer(call.layer, call.k, call.v)
-
-    with torch.inference_mode(), hooked(replace):
+    with torch.inference_mode(), hooked(_through(quantizer)):
         step = model(prompt[None].to(model.device), use_cache=True)
         tokens = [int(step.logits[0, -1].argmax())]
         while len(tokens) < count:

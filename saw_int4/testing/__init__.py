@@ -1,0 +1,1 @@
+"""Cases, comparison and timing, shared by tests and benchmarks."""

@@ -1,0 +1,30 @@
+"""The engines of the operator tests: every CPU instruction set, the emulated CUDA kernels, and a GPU if present."""
+
+import pytest
+
+from saw_int4.testing.engines import operator_engines
+
+ENGINES = operator_engines()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "large: too large a case for the emulated engine")
+    config.addinivalue_line("markers", "both_versions: also run under the second supported SGLang version")
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """The CUDA kernels, compiled for and executed on the CPU."""
+    from emulator import load
+
+    return load()
+
+
+@pytest.fixture(params=[*ENGINES, "emulated"])
+def engine(request):
+    """One engine after the other."""
+    if request.param != "emulated":
+        return ENGINES[request.param]
+    if request.node.get_closest_marker("large"):
+        pytest.skip("too large for the emulator")
+    return request.getfixturevalue("emulated")

@@ -1,0 +1,229 @@
+"""append_kv, byte for byte against the reference."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from saw_int4 import ops, reference
+from saw_int4.format import default_rotation_order, rotation_orders, row_bytes
+from saw_int4.testing.cases import HEAD_DIMS, adversarial_rows, key_vectors
+from saw_int4.testing.compare import assert_equal
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def k_options(heads, head_dim):
+    vectors = key_vectors(heads, head_dim)
+    return {f"k_{name}": vectors[name] for name in ("mean", "inv_scale", "sign")}
+
+
+def empty_caches(num_slots, heads, head_dim):
+    """K and V caches of bytes that no row has, so that every byte written shows."""
+    return [torch.full((num_slots, heads, row_bytes(head_dim)), 0xA5, dtype=torch.uint8) for _ in range(2)]
+
+
+def check(engine, k, v, slots, num_slots, **options):
+    expected = empty_caches(num_slots, k.shape[1], k.shape[2])
+    reference.append_kv(k, v, *expected, slots, **options)
+    actual = [cache.to(engine.device) for cache in empty_caches(num_slots, k.shape[1], k.shape[2])]
+    moved = {n: x.to(engine.device) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    # .to() keeps strides: what is a view stays one.
+    engine.append_kv(k.to(engine.device), v.to(engine.device), *actual, slots.to(engine.device), **moved)
+    assert_equal(actual[0], expected[0], "k_cache")
+    assert_equal(actual[1], expected[1], "v_cache")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_matches_the_reference(engine, head_dim, dtype):
+    if engine.name in ("cuda", "emulated") and dtype == torch.float32 and head_dim not in (64, 128):
+        pytest.skip("one 16-bit and one 32-bit path per head_dim are enough under emulation")
+    k, v = adversarial_rows(17, 2, head_dim, dtype), adversarial_rows(17, 2, head_dim, dtype, seed=1)
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:17]
+    order = default_rotation_order(head_dim)
+    check(engine, k, v, slots, 40, rotation_order=order, rotate_v=True, **k_options(2, head_dim))
+    check(engine, k, v, slots, 40, rotation_order=order)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_every_rotation_order(engine, head_dim):
+    k, v = adversarial_rows(13, 1, head_dim, torch.bfloat16), adversarial_rows(13, 1, head_dim, torch.bfloat16, 1)
+    for order in (1, *rotation_orders(head_dim)):
+        check(engine, k, v, torch.arange(13), 13, rotation_order=order, rotate_v=order > 1)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 144, 320])
+def test_any_multiple_of_16_on_the_cpu(engine, head_dim):
+    if not engine.name.startswith("cpu"):
+        pytest.skip("the CUDA kernels have a closed list of head_dims")
+    k, v = adversarial_rows(19, 3, head_dim, torch.bfloat16), adversarial_rows(19, 3, head_dim, torch.bfloat16, 1)
+    order = default_rotation_order(head_dim)
+    check(engine, k, v, torch.arange(19), 19, rotation_order=order, rotate_v=True, **k_options(3, head_dim))
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("heads", [1, 5, 8])
+def test_many_tokens(engine, heads):
+    g = torch.Generator().manual_seed(heads)
+    k = (torch.randn(700, heads, 128, generator=g) * 3).bfloat16()
+    v = torch.randn(700, heads, 128, generator=g).bfloat16()
+    slots = torch.randperm(1000, generator=g)[:700]
+    check(engine, k, v, slots, 1000, rotation_order=128, **k_options(heads, 128))
+
+
+def test_rounding_ties_and_ends_of_the_range(engine):
+    """Values half-way between codes, and parameters at the ends of fp16: subnormal scale, largest offset."""
+    head_dim = 64
+    steps = torch.arange(head_dim).float()
+    rows = torch.stack([
+        steps % 16,
+        (steps % 31) / 2,  # ties: halves between 0 and 15
+        (steps % 16) * 2**-24,  # the smallest scale that fp16 holds
+        (steps % 16) * 2**-26,  # rounds to a scale of zero
+        65504 - steps % 16,
+        -65504 + (steps % 2) * 131008,  # a spread that overflows nothing
+        -65536 + steps % 3,  # an offset that overflows
+        steps * 1e37 - 3e38,  # a spread that overflows fp32
+        1000 + (steps % 16) * 2**-20,  # an offset much coarser than the scale
+        torch.where(steps == 5, 1e-3, 0.0),
+    ]).unsqueeze(1)  # fmt: skip
+    check(engine, rows, rows.flip(0), torch.arange(len(rows)), len(rows), rotation_order=1)
+
+
+def test_negative_slots_are_skipped(engine):
+    k, v = adversarial_rows(9, 2, 64, torch.bfloat16), adversarial_rows(9, 2, 64, torch.bfloat16, 1)
+    slots = torch.tensor([3, -1, 0, -5, 7, 11, -(2**62), 2, 1])
+    check(engine, k, v, slots, 12, rotation_order=64)
+
+
+def test_no_tokens(engine):
+    k = torch.empty(0, 2, 64, dtype=torch.bfloat16)
+    check(engine, k, k, torch.empty(0, dtype=torch.int64), 4, rotation_order=64)
+
+
+def test_equal_slots_keep_whole_rows(engine):
+    """Padding tokens share a slot: whichever wins, every other slot is right and the shared one holds real rows."""
+    k = torch.randn(40, 2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    slots = torch.where(torch.arange(40) % 2 == 0, 0, torch.arange(40))
+    actual = [cache.to(engine.device) for cache in empty_caches(40, 2, 64)]
+    engine.append_kv(k.to(engine.device), k.to(engine.device), *actual, slots.to(engine.device), rotation_order=64)
+    rows = reference.quantize_rows(reference.transform_keys(k, 64))
+    assert_equal(actual[0].cpu()[1::2], rows[1::2])
+    for head in range(2):
+        assert (actual[0].cpu()[0, head] == rows[::2, head]).all(-1).any()
+
+
+def test_views_of_a_fused_projection(engine):
+    fused = torch.randn(11, 4 + 2 + 2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    k, v = fused[:, 4:6], fused[:, 6:8]
+    assert not k.is_contiguous()
+    check(engine, k, v, torch.arange(11).flip(0), 11, rotation_order=64, **k_options(2, 64))
+    one_head = fused[:, 4:5]
+    check(engine, one_head, fused[:, 7:8], torch.arange(11), 11, rotation_order=64)
+
+
+def test_cache_past_two_gigabytes(engine):
+    """Slots past byte 2^31. Only the pages of a few rows of the allocation are ever touched."""
+    if engine.name == "emulated":
+        pytest.skip("the emulator registers whole tensors")
+    num_slots = 2**31 // (2 * row_bytes(128)) + 50
+    k = torch.randn(3, 2, 128, generator=torch.Generator().manual_seed(0)).bfloat16().to(engine.device)
+    slots = torch.tensor([num_slots - 1, 5, num_slots - 40])
+    caches = [torch.empty(num_slots, 2, row_bytes(128), dtype=torch.uint8, device=engine.device) for _ in range(2)]
+    engine.append_kv(k, k, *caches, slots.to(engine.device), rotation_order=128)
+    rows = reference.quantize_rows(reference.transform_keys(k.cpu(), 128))
+    assert_equal(caches[0][slots.to(engine.device)], rows)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_shapes(engine, data):
+    head_dim, heads = data.draw(st.sampled_from(HEAD_DIMS)), data.draw(st.integers(1, 4))
+    tokens, dtype = data.draw(st.integers(0, 20)), data.draw(st.sampled_from(DTYPES))
+    order = data.draw(st.sampled_from([1, *rotation_orders(head_dim)]))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))
+    spread = 10.0 ** data.draw(st.integers(-9, 6))
+    shift = data.draw(st.sampled_from([0.0, 3.0, -1e4]))
+    k, v = ((torch.randn(tokens, heads, head_dim, generator=g) * spread + shift).to(dtype) for _ in range(2))
+    slots = torch.randperm(tokens + 5, generator=g)[:tokens]
+    options = k_options(heads, head_dim) if data.draw(st.booleans()) else {}
+    rotate_v = order > 1 and data.draw(st.booleans())
+    check(engine, k, v, slots, tokens + 5, rotation_order=order, rotate_v=rotate_v, **options)
+
+
+GOOD = dict(
+    k=torch.ones(3, 2, 64, dtype=torch.bfloat16),
+    v=torch.ones(3, 2, 64, dtype=torch.bfloat16),
+    k_cache=torch.full((8, 2, 36), 7, dtype=torch.uint8),
+    v_cache=torch.full((8, 2, 36), 7, dtype=torch.uint8),
+    slots=torch.arange(3),
+    rotation_order=64,
+)
+BAD = {
+    "v_of_another_shape": ({"v": torch.ones(3, 1, 64, dtype=torch.bfloat16)}, r"v has shape \[3, 1, 64\]"),
+    "v_of_another_dtype": ({"v": torch.ones(3, 2, 64)}, "v is Float, expected BFloat16"),
+    "float64": ({"k": torch.ones(3, 2, 64).double()}, "k is Double, expected bfloat16, float16 or float32"),
+    "head_dim_72": ({"k": torch.ones(3, 2, 72).bfloat16()}, "head_dim 72, expected a positive multiple of 16"),
+    "two_dimensions": ({"k": torch.ones(3, 128).bfloat16()}, r"expected three dimensions \[T, H, D\]"),
+    "strided_channels": ({"k": torch.ones(3, 2, 128).bfloat16()[..., ::2]}, "last two dimensions contiguous"),
+    "cache_of_another_head_dim": ({"k_cache": torch.full((8, 2, 68), 7, dtype=torch.uint8)}, "another head_dim"),
+    "cache_of_other_heads": ({"k_cache": torch.full((8, 3, 36), 7, dtype=torch.uint8)}, "k_cache has shape"),
+    "cache_of_int8": ({"v_cache": torch.full((8, 2, 36), 7, dtype=torch.int8)}, "v_cache is Char, expected Byte"),
+    "caches_differ": ({"v_cache": torch.full((9, 2, 36), 7, dtype=torch.uint8)}, "v_cache has shape"),
+    "slots_of_int32": ({"slots": torch.arange(3).int()}, "slots is Int, expected Long"),
+    "too_few_slots": ({"slots": torch.arange(2)}, r"slots has shape \[2\]"),
+    "order_3": ({"rotation_order": 3}, "rotation_order is 3, expected 1 .* or a power of two"),
+    "order_0": ({"rotation_order": 0}, "rotation_order is 0"),
+    "order_past_head_dim": ({"rotation_order": 128}, "divides head_dim 64"),
+    "half_a_calibration": ({"k_mean": torch.zeros(2, 64)}, "k_inv_scale .* missing"),
+    "calibration_of_another_shape": (
+        {"k_mean": torch.zeros(64), "k_inv_scale": torch.ones(2, 64), "k_sign": torch.ones(2, 64)},
+        "k_mean has shape",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_is_written(engine, name):
+    changes, complaint = BAD[name]
+    call = {n: x.to(engine.device) if isinstance(x, torch.Tensor) else x for n, x in {**GOOD, **changes}.items()}
+    with pytest.raises(RuntimeError, match=complaint):
+        engine.append_kv(**call)
+    assert (call["k_cache"] == 7).all() and (call["v_cache"] == 7).all()
+
+
+def test_a_slot_past_the_end_is_refused_on_the_cpu(engine):
+    if not engine.name.startswith("cpu"):
+        pytest.skip("a GPU kernel stops instead")
+    call = {**GOOD, "slots": torch.tensor([0, 8, 1])}
+    with pytest.raises(RuntimeError, match=r"slots\[1\] is 8, expected less than the 8 slots"):
+        engine.append_kv(**call)
+    assert (call["k_cache"] == 7).all() and (call["v_cache"] == 7).all()
+
+
+def test_opcheck():
+    args = tuple(GOOD[n].clone() for n in ("k", "v", "k_cache", "v_cache", "slots"))
+    torch.library.opcheck(
+        torch.ops.saw_int4.append_kv.default,
+        args,
+        {"rotation_order": 64, "rotate_v": False, **k_options(2, 64)},
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_torch_compile():
+    caches = [GOOD[n].clone() for n in ("k_cache", "v_cache")]
+
+    @torch.compile(fullgraph=True)
+    def step(k, v):
+        ops.append_kv(k * 2, v, *caches, GOOD["slots"], rotation_order=64)
+        return k + 1
+
+    k = adversarial_rows(3, 2, 64, torch.bfloat16)
+    step(k, k)
+    expected = [GOOD[n].clone() for n in ("k_cache", "v_cache")]
+    ops.append_kv(k * 2, k, *expected, GOOD["slots"], rotation_order=64)
+    assert_equal(caches[0], expected[0])
+    assert_equal(caches[1], expected[1])

@@ -23,11 +23,14 @@ else:
 
 from server import ROOT, Server  # noqa: E402
 
-POOL_TOKENS = 2400
+POOL_TOKENS = 1024
 CONTEXT = 1024
 CHUNK = 128
 PAGE = 16
-ARGS = f"--page-size {PAGE} --chunked-prefill-size {CHUNK} --context-length {CONTEXT} --max-running-requests 16".split()
+ARGS = (
+    f"--page-size {PAGE} --chunked-prefill-size {CHUNK} --context-length {CONTEXT} --max-running-requests 16 "
+    "--schedule-conservativeness 0.3"  # admits more than fits, so that requests are retracted
+).split()
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,7 @@ def internal_state(original, self, request):
     result = original(self, request)
     result.internal_state["test_written"] = list(written)
     written.clear()
+    result.internal_state["test_free_tokens"] = int(self.token_to_kv_pool_allocator.available_size())
     return result
 
 

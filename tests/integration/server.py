@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -53,7 +54,13 @@ class Server:
                 self.stop()
                 raise RuntimeError(f"server did not start: {self.text()[-6000:]}")
             time.sleep(0.3)
-        return self
+        while True:  # without warm-up the line may come before the port is open
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                self.call("/model_info", timeout=30)
+                return self
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"server does not answer: {self.text()[-6000:]}")
+            time.sleep(0.3)
 
     def wait_for_exit(self, timeout: float = 300) -> str:
         """The log of a server that is expected to end by itself."""
@@ -64,11 +71,9 @@ class Server:
         return self.text()
 
     def stop(self) -> None:
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, how)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=30)
 
     def call(self, path: str, body: dict | None = None, timeout: float = 300):
         data = None if body is None else json.dumps(body).encode()

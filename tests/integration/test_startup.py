@@ -20,7 +20,7 @@ IDS = list(range(100, 180))
 @pytest.fixture(scope="module")
 def tiny(model, tmp_path_factory) -> Path:
     """A random Qwen3 with head_dim 128."""
-    return qwen3(model, tmp_path_factory.mktemp("qwen3") / "model")
+    return qwen3(model, tmp_path_factory.mktemp("qwen3") / "model", initializer_range=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,10 @@ def expected(tiny) -> list[float]:
     with torch.no_grad():
         logs = reference(torch.tensor([IDS])).logits[0].log_softmax(-1)
     return logs[range(len(IDS) - 1), IDS[1:]].tolist()
+
+
+# Mean |difference| of log probabilities: quantization costs 0.06 on this model, another prompt's context 0.57.
+LIMIT = 0.1
 
 
 def mean_gap(got: list[float], want: list[float]) -> float:
@@ -50,7 +54,7 @@ def test_sglang_serve_with_the_forks_variables(tiny, logs, expected):
         assert cache["fingerprint"] == KVFormat(128, 32, rotate_v=True).fingerprint
         assert cache["bfloat16_bytes_per_token"] / cache["bytes_per_token"] == pytest.approx(3.76, rel=0.01)
         assert "HADAMARD=1, ROTATE_V=1: became SAW_INT4_ROTATION=kv" in server.text()
-        assert mean_gap(server.prompt_logprobs(IDS), expected) < 0.1
+        assert mean_gap(server.prompt_logprobs(IDS), expected) < LIMIT
     finally:
         server.stop()
 
@@ -66,7 +70,7 @@ def test_module_with_two_ranks(tiny, logs, expected):
         cache = server.state()["kv_cache_format"]
         assert cache["fingerprint"] == KVFormat(128, 128).fingerprint
         assert cache["bytes_per_token"] == 2 * 3 * 1 * 68
-        assert mean_gap(server.prompt_logprobs(IDS), expected) < 0.1
+        assert mean_gap(server.prompt_logprobs(IDS), expected) < LIMIT
     finally:
         server.stop()
 
@@ -97,7 +101,7 @@ def test_engine(tiny, expected, tmp_path):
     assert line is not None, run.stderr[-4000:]
     fingerprint, logs = json.loads(line[7:])
     assert fingerprint == KVFormat(128, 128).fingerprint
-    assert mean_gap(logs, expected) < 0.1
+    assert mean_gap(logs, expected) < LIMIT
 
 
 SABOTAGED = [sys.executable, str(HERE / "sabotaged_server.py")]

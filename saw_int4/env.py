@@ -5,6 +5,7 @@ They are read once, in the process that starts a server, and travel to every oth
 
     SAW_INT4_ROTATION                none | k | kv             what is rotated (default k)
     SAW_INT4_ROTATION_ORDER          power of two | head_dim   block of the Hadamard rotation (default head_dim)
+    SAW_INT4_CALIBRATION             none | PATH               artifact of saw-int4 calibrate (default none)
     SAW_INT4_CPU_PLATFORM            1                         run SGLang on plain CPU (no GPU needed)
     SAW_INT4_ALLOW_UNTESTED_SGLANG   1                         accept an SGLang version that was not tested
 
@@ -18,12 +19,14 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from saw_int4.format import KVFormat, default_rotation_order
 
 ROTATION = "SAW_INT4_ROTATION"
 ROTATION_ORDER = "SAW_INT4_ROTATION_ORDER"
 RESOLVED = "SAW_INT4_RESOLVED"
+CALIBRATION = "SAW_INT4_CALIBRATION"
 CPU_PLATFORM = "SAW_INT4_CPU_PLATFORM"
 ALLOW_UNTESTED_SGLANG = "SAW_INT4_ALLOW_UNTESTED_SGLANG"
 ROTATIONS = ("none", "k", "kv")
@@ -38,10 +41,12 @@ class Options:
     Attributes:
         rotation: "none", "k" or "kv".
         order: block of the rotation, or None for the largest that the model's head_dim allows.
+        calibration: path of a calibration artifact, or "none".
     """
 
     rotation: str = "k"
     order: int | None = None
+    calibration: str = "none"
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -60,12 +65,23 @@ class Options:
 
     def kv_format(self, head_dim: int) -> KVFormat:
         """The row format that these options give a model of this head_dim. ValueError where they cannot."""
-        if self.rotation == "none":
-            return KVFormat(head_dim, 1)
         if head_dim % 16:
             return KVFormat(head_dim, 1)  # raises, and says why
         order = default_rotation_order(head_dim) if self.order is None else self.order
-        return KVFormat(head_dim, order, rotate_v=self.rotation == "kv")
+        order = 1 if self.rotation == "none" else order
+        fingerprint = "none"
+        if (calibration := self.load_calibration()) is not None:
+            calibration.check(head_dim=head_dim, rotation_order=order)
+            fingerprint = calibration.fingerprint
+        return KVFormat(head_dim, order, rotate_v=self.rotation == "kv", calibration=fingerprint)
+
+    def load_calibration(self):
+        """The ``saw_int4.calibration.artifact.Calibration``, or None. ValueError where the artifact is no good."""
+        if self.calibration == "none":
+            return None
+        from saw_int4.calibration import artifact
+
+        return artifact.load_once(self.calibration)
 
     @property
     def fingerprint(self) -> str:
@@ -104,7 +120,11 @@ def resolve(environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]
     alias_rotation, alias_order, notes = _aliases(environ)
     rotation = _agree(ROTATION, rotation, "HADAMARD and ROTATE_V", alias_rotation)
     order = _agree(ROTATION_ORDER, order, "HADAMARD_ORDER", alias_order)
-    return Options(rotation=Options.rotation if rotation is None else rotation, order=order), notes
+    calibration = environ.get(CALIBRATION, "none").strip() or "none"
+    if calibration != "none":
+        calibration = str(Path(calibration).resolve())
+    rotation = Options.rotation if rotation is None else rotation
+    return Options(rotation=rotation, order=order, calibration=calibration), notes
 
 
 def publish(options: Options) -> None:

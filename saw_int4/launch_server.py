@@ -28,10 +28,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="R",
         help="block of the rotation: a power of two that divides head_dim, or head_dim (default: head_dim)",
     )
+    flags.add_argument(
+        "--saw-calibration",
+        metavar="PATH",
+        help="artifact of saw-int4 calibrate, or none (default: none)",
+    )
     return flags
 
 
-VARIABLES = {"saw_rotation": env.ROTATION, "saw_rotation_order": env.ROTATION_ORDER}
+VARIABLES = {
+    "saw_rotation": env.ROTATION,
+    "saw_rotation_order": env.ROTATION_ORDER,
+    "saw_calibration": env.CALIBRATION,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -146,6 +147,12 @@ def load(path: Path) -> Calibration:
                 "positive scale, and signs of +1 or -1. Calibrate again: saw-int4 calibrate."
             )
     return Calibration(layers, manifest)
+
+
+@lru_cache(maxsize=4)
+def load_once(path: str) -> Calibration:
+    """``load``, once per process: what a server uses must not change under it."""
+    return load(Path(path))
 
 
 def _hash(layers: dict[int, KeyTransform], rotation_order: int) -> str:

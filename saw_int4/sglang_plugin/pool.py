@@ -39,8 +39,15 @@ class Int4KVPool(MHATokenToKVPool):
 
     @cached_property
     def transforms(self) -> list[KeyTransform]:
-        """The key transform of each of this pool's layers."""
-        return [KeyTransform()] * self.layer_num
+        """The key transform of each of this pool's layers, with this rank's KV heads."""
+        calibration = env.published().load_calibration()
+        if calibration is None:
+            return [KeyTransform()] * self.layer_num
+        from sglang.srt.runtime_context import get_parallel
+
+        rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
+        layers = range(self.start_layer, self.start_layer + self.layer_num)
+        return [KeyTransform.of(calibration.rank(i, rank, size), self) for i in layers]
 
     def rows(self, local_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V rows of one of this pool's layers, uint8 [slots, H_kv, row_bytes]."""
@@ -76,7 +83,18 @@ class Int4KVPool(MHATokenToKVPool):
         super()._init_kv_copy_and_warmup()
 
 
+def locate(kv_pool, layer_id: int) -> tuple[Int4KVPool, int, bool]:
+    """The pool that holds a layer of the model, the layer's index in it, and whether its slots are sliding-window ones.
+
+    A sliding-window pool has slots of its own; ``translate_loc_from_full_to_swa`` leads there.
+    """
+    if not hasattr(kv_pool, "layers_mapping"):
+        return kv_pool, layer_id - kv_pool.start_layer, False
+    local, is_swa = kv_pool.layers_mapping[layer_id]
+    return (kv_pool.swa_kv_pool if is_swa else kv_pool.full_kv_pool), local, is_swa
+
+
 def pools_of(kv_pool) -> list:
-    """The pools of layers inside a KV pool: itself, or the parts of a composite one (sliding window, hybrid)."""
+    """The pools of layers inside a KV pool: itself, or the two parts of one with sliding-window layers."""
     parts = [getattr(kv_pool, name, None) for name in ("full_kv_pool", "swa_kv_pool")]
     return [part for part in parts if part is not None and part.layer_num] or [kv_pool]

@@ -18,3 +18,14 @@ class KeyTransform:
     scale: Tensor | None = None
     inv_scale: Tensor | None = None
     sign: Tensor | None = None
+
+    @classmethod
+    def of(cls, fitted, pool) -> KeyTransform:
+        """From an artifact's vectors of a layer, on the pool's device. ValueError when they are not of its shape."""
+        if tuple(fitted.mean.shape) != (pool.head_num, pool.head_dim):
+            raise ValueError(
+                f"calibration artifact: a rank's vectors are {tuple(fitted.mean.shape)}, the KV pool has "
+                f"{pool.head_num} KV heads of head_dim {pool.head_dim}. Calibrate this model: saw-int4 calibrate."
+            )
+        mean, scale, sign = (x.to(pool.device) for x in fitted)
+        return cls(mean=mean, scale=scale, inv_scale=1 / scale, sign=sign)

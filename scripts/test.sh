@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=$(scripts/setup.sh 0.5.23)
+export OMP_WAIT_POLICY=passive  # threads of several processes share the cores; spinning ones starve each other
 export SAW_INT4_TEST_MODEL=$("$python" scripts/prepare_model.py)
 if [ $# -gt 0 ]; then
   exec "$python" -m pytest "$@"

@@ -7,14 +7,15 @@ and agree bit by bit when their chunk boundaries do.
 from __future__ import annotations
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from saw_int4 import ops
 from saw_int4.sglang_plugin import prefill, verify
-from saw_int4.sglang_plugin.plan import LongRequest, Plan, plan_decode, plan_extend
-from saw_int4.sglang_plugin.pool import Int4KVPool, pools_of
+from saw_int4.sglang_plugin.plan import Plan, plan_decode, plan_extend, translate_slots
+from saw_int4.sglang_plugin.pool import Int4KVPool, locate
+from saw_int4.sglang_plugin.transform import KeyTransform
 
 
 class Int4AttentionBackend(AttentionBackend):
@@ -27,24 +28,47 @@ class Int4AttentionBackend(AttentionBackend):
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.page_size = model_runner.page_size
         self.plan: Plan | None = None
-        self._layers: dict[int, tuple[Int4KVPool, int]] = {}  # checked layers: pool and index in it
+        self.has_swa_pool = hasattr(self.kv_pool, "swa_kv_pool")
+        self._workspaces: list[torch.Tensor] = []  # only the last is in use; captured graphs hold the others' addresses
+        self._workspace_rows = self._graph_rows = 0
+        self._layers: dict[int, tuple[Int4KVPool, int, bool]] = {}  # checked layers, as pool.locate finds them
 
     # ---- metadata ------------------------------------------------------------------------------------------------
 
-    def init_forward_metadata(self, forward_batch) -> None:
+    def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False) -> None:
+        """Plan the pass. A captured graph keeps reading the tensors that a decode plan holds: the runner's own."""
         mode = forward_batch.forward_mode
         if mode.is_decode():
             self.plan = plan_decode(forward_batch)
         elif mode.is_extend() and not (mode.is_target_verify() or mode.is_draft_extend_v2()):
             self.plan = plan_extend(forward_batch)
-        elif not mode.is_idle():
+        elif mode.is_idle():
+            return
+        else:
             raise NotImplementedError(f"int4 KV cache: the backend does not serve forward mode {mode.name}.")
+        if self.has_swa_pool:
+            translate_slots(self.plan, forward_batch, self.kv_pool, self.req_to_token_pool.req_to_token)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self._graph_rows = max_num_tokens
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
 
+    def shared_read_ends(self, fm) -> SharedReadEnds:
+        """The kernels read req_to_token themselves, until the last layer."""
+        return SharedReadEnds.UNKNOWN
+
     def support_triton(self) -> bool:
         return torch.cuda.is_available()
+
+    def _workspace(self, q: torch.Tensor) -> torch.Tensor | None:
+        """Scratch of decode_attention for these query rows; grows in the eager pass before a capture, not in it."""
+        rows = max(q.shape[0], self._graph_rows)
+        if q.is_cuda and rows > self._workspace_rows:
+            self._workspaces.append(ops.decode_workspace(q.device, rows, q.shape[1], q.shape[2]))
+            self._workspace_rows = rows
+        return self._workspaces[-1] if self._workspaces else None
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
@@ -61,9 +85,10 @@ class Int4AttentionBackend(AttentionBackend):
                 f"int4 KV cache: layer {layer.layer_id} passes {', '.join(unknown)} to attention, which the backend "
                 "does not know. Way out: use another --kv-cache-dtype for this model."
             )
-        pool, local = self._layer(layer)
+        pool, local, is_swa = self._layer(layer)
         if save_kv_cache and k is not None:
-            self.kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
+            loc = KVWriteLoc(forward_batch.out_cache_loc, self.plan.swa_loc)
+            self.kv_pool.set_kv_buffer(layer, loc, k, v)
         # Through the public getters: they wait for rows that are still being loaded.
         rows = [buffer.view(torch.uint8) for buffer in self.kv_pool.get_kv_buffer(layer.layer_id)]
 
@@ -75,26 +100,29 @@ class Int4AttentionBackend(AttentionBackend):
             window=layer.sliding_window_size,
             sinks=None if sinks is None else sinks.float(),
         )
+        table = self.plan.swa_table if is_swa else self.req_to_token_pool.req_to_token
         if self.plan.short is not None:
-            self._short(q, rows, out, pool, local, options)
+            self._short(q, rows, table, is_swa, out, pool, pool.transforms[local], options)
         for request in self.plan.long:
-            self._long(request, q, rows, out, pool, local, options)
+            slots = table[request.batch_row if is_swa else request.table_row]
+            self._long(request, q, rows, slots, out, pool, pool.transforms[local], options)
         out[self.plan.num_rows :] = 0
         return out.view(out.shape[0], -1)
 
-    def _short(self, q, rows, out, pool: Int4KVPool, local: int, options: dict) -> None:
-        short, transform = self.plan.short, pool.transforms[local]
+    def _short(self, q, rows, table, is_swa, out, pool: Int4KVPool, transform: KeyTransform, options: dict) -> None:
+        short, n = self.plan.short, self.plan.num_rows
         whole = short.rows is None
-        n = self.plan.num_rows
+        q = q[:n] if whole else q[short.rows]
         result = ops.decode_attention(
-            q[:n] if whole else q[short.rows],
+            q,
             *rows,
-            self.req_to_token_pool.req_to_token,
-            short.table_rows,
-            short.seq_lens,
+            table,
+            (short.batch_rows if is_swa else short.table_rows).to(torch.int64),
+            short.seq_lens.to(torch.int64),
             short.q_indptr,
             max_q_len=short.max_q_len,
             page_size=self.page_size,
+            workspace=self._workspace(q),
             rotation_order=pool.format.rotation_order,
             rotate_v=pool.format.rotate_v,
             k_mean=transform.mean,
@@ -106,12 +134,12 @@ class Int4AttentionBackend(AttentionBackend):
         if not whole:
             out[short.rows] = result
 
-    def _long(self, request: LongRequest, q, rows, out, pool: Int4KVPool, local: int, options: dict) -> None:
-        transform, order = pool.transforms[local], pool.format.rotation_order
+    def _long(self, request, q, rows, slots, out, pool: Int4KVPool, transform: KeyTransform, options: dict) -> None:
+        order = pool.format.rotation_order
         q = q[request.start : request.end]
         window = options["window"]
         low = max(0, request.prefix_len - window) if window >= 0 else 0  # older keys are out of every row's sight
-        slots = self.req_to_token_pool.req_to_token[request.table_row, low : request.seq_len]
+        slots = slots[low : request.seq_len]
         k, v = (q.new_empty(len(slots), pool.head_num, pool.head_dim) for _ in range(2))
         ops.gather_kv(*rows, slots, k, v)
         shift = None
@@ -132,14 +160,14 @@ class Int4AttentionBackend(AttentionBackend):
 
     # ---- layers --------------------------------------------------------------------------------------------------
 
-    def _layer(self, layer) -> tuple[Int4KVPool, int]:
-        """The pool that holds a layer and the layer's index in it; refuses layers we would compute wrongly."""
+    def _layer(self, layer) -> tuple[Int4KVPool, int, bool]:
+        """Where a layer's rows are (see pool.locate); refuses layers that we would compute wrongly."""
         if layer.layer_id not in self._layers:
             self._layers[layer.layer_id] = self._check_layer(layer)
         return self._layers[layer.layer_id]
 
-    def _check_layer(self, layer) -> tuple[Int4KVPool, int]:
-        pool = pools_of(self.kv_pool)[0]
+    def _check_layer(self, layer) -> tuple[Int4KVPool, int, bool]:
+        pool, local, is_swa = locate(self.kv_pool, layer.layer_id)
         problem = None
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
             problem = "is not causal self-attention"
@@ -156,4 +184,4 @@ class Int4AttentionBackend(AttentionBackend):
                 f"int4 KV cache: attention layer {layer.layer_id} {problem}. "
                 "Way out: use another --kv-cache-dtype for this model."
             )
-        return pool, layer.layer_id - pool.start_layer
+        return pool, local, is_swa

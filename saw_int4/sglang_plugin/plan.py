@@ -18,14 +18,16 @@ class ShortRequests:
     """Requests for decode_attention.
 
     Attributes:
-        rows: indices of their query rows in the batch, or None when they are the whole batch, in order.
         table_rows: int64 [B], their rows in the slot table.
+        batch_rows: int64 [B], their places in the batch, which are their rows in the sliding-window table.
+        rows: indices of their query rows in the batch, or None when they are the whole batch, in order.
         seq_lens: int64 [B], lengths with the new tokens.
         q_indptr: int32 [B + 1], or None: one row each.
         max_q_len: most new tokens of one of them.
     """
 
     table_rows: Tensor
+    batch_rows: Tensor
     seq_lens: Tensor
     rows: Tensor | None = None
     q_indptr: Tensor | None = None
@@ -34,11 +36,12 @@ class ShortRequests:
 
 @dataclass
 class LongRequest:
-    """One request for 16-bit attention: its query rows [start, end), its row in the slot table, its two lengths."""
+    """One request for 16-bit attention: its query rows [start, end), its rows in the two slot tables, its lengths."""
 
     start: int
     end: int
     table_row: int
+    batch_row: int
     prefix_len: int
     seq_len: int
 
@@ -50,13 +53,15 @@ class Plan:
     short: ShortRequests | None
     long: list[LongRequest] = field(default_factory=list)
     num_rows: int = 0  # query rows that belong to a request; rows after them are padding
+    swa_loc: Tensor | None = None  # slots of the new tokens in the sliding-window pool, where there is one
+    swa_table: Tensor | None = None  # int32 [B, longest], slots of each request's tokens there
 
 
 def plan_decode(forward_batch) -> Plan:
     """One new token for every request."""
     rows = forward_batch.req_pool_indices
-    short = ShortRequests(table_rows=rows.to(torch.int64), seq_lens=forward_batch.seq_lens.to(torch.int64))
-    return Plan(short=short, num_rows=len(rows))
+    batch_rows = torch.arange(len(rows), device=rows.device)
+    return Plan(ShortRequests(rows, batch_rows, forward_batch.seq_lens), num_rows=len(rows))
 
 
 def plan_extend(forward_batch) -> Plan:
@@ -71,7 +76,7 @@ def plan_extend(forward_batch) -> Plan:
         if new <= SHORT_EXTEND:
             short.append((i, start, new))
         else:
-            long.append(LongRequest(start, start + new, table_rows[i], prefix, prefix + new))
+            long.append(LongRequest(start, start + new, table_rows[i], i, prefix, prefix + new))
         start += new
     if not short:
         return Plan(None, long, start)
@@ -84,6 +89,7 @@ def plan_extend(forward_batch) -> Plan:
     return Plan(
         ShortRequests(
             table_rows=torch.tensor([table_rows[i] for i in picked], dtype=torch.int64, device=device),
+            batch_rows=torch.tensor(picked, dtype=torch.int64, device=device),
             seq_lens=torch.tensor([prefixes[i] + news[i] for i in picked], dtype=torch.int64, device=device),
             rows=rows,
             q_indptr=torch.tensor([0, *lens]).cumsum(0).to(torch.int32).to(device),
@@ -92,3 +98,14 @@ def plan_extend(forward_batch) -> Plan:
         long,
         start,
     )
+
+
+def translate_slots(plan: Plan, forward_batch, kv_pool, req_to_token: Tensor) -> None:
+    """Add the slots of a sliding-window pool to a plan.
+
+    Tokens that left the window lost theirs; whatever the mapping says of them, no row of this pass looks there.
+    """
+    longest = int(forward_batch.seq_lens.max())
+    slots = req_to_token[forward_batch.req_pool_indices, :longest].to(torch.int64)
+    plan.swa_loc = kv_pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc)
+    plan.swa_table = kv_pool.translate_loc_from_full_to_swa(slots).clamp_(min=0).to(torch.int32)

@@ -27,10 +27,25 @@ def build_pool(original, self, **kwargs):
     return original(self, **kwargs)
 
 
+def refuse_hybrid_linear(original, self, **kwargs):
+    """AROUND the pool of models that mix attention with linear layers: their wrapped backend was never tested."""
+    if self.kv_cache_dtype_str == KV_CACHE_DTYPE:
+        raise ValueError(
+            "--kv-cache-dtype int4: models with linear-attention or state-space layers are not supported. "
+            "Way out: use another --kv-cache-dtype."
+        )
+    return original(self, **kwargs)
+
+
 def build_oot_pool(original, self, *, max_total_num_tokens):
     """SGLang 0.5.21 on an out-of-tree platform: take the ordinary way instead of the platform's pool class."""
     if self.kv_cache_dtype_str != KV_CACHE_DTYPE:
         return original(self, max_total_num_tokens=max_total_num_tokens)
+    if self.is_hybrid_swa:
+        raise ValueError(
+            "--kv-cache-dtype int4: SGLang 0.5.21 builds no sliding-window pool on an out-of-tree platform. "
+            "Way out: add --disable-hybrid-swa-memory."
+        )
     from saw_int4.sglang_plugin.pool import Int4KVPool
 
     return self._build_mha_kv_pool(max_total_num_tokens=max_total_num_tokens, mha_pool_class=Int4KVPool)

@@ -69,7 +69,7 @@ def hooks() -> dict[str, Callable]:
         "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype": pool_hooks.configure_kv_cache_dtype,
         f"{configurator}._build_mha_kv_pool": pool_hooks.build_pool,
         f"{configurator}._build_hybrid_swa_kv_pool": pool_hooks.build_pool,
-        f"{configurator}._build_hybrid_linear_kv_pool": pool_hooks.build_pool,
+        f"{configurator}._build_hybrid_linear_kv_pool": pool_hooks.refuse_hybrid_linear,
         f"{sizes}.DefaultPoolConfigurator._compute_cell_size": sizing.cell_size,
         f"{sizes}.HybridSWAPoolConfigurator.__init__": sizing.hybrid_swa,
         f"{scheduler}.__init__": verify.scheduler_init,

@@ -40,6 +40,7 @@ def make_backend(monkeypatch, rotation: str, calibrated: bool) -> Int4AttentionB
         pool.transforms = [KeyTransform(mean=torch.randn(H_KV, D), scale=scale, inv_scale=1 / scale, sign=sign)]
     backend = object.__new__(Int4AttentionBackend)
     backend.kv_pool, backend.page_size, backend._layers, backend.plan = pool, PAGE, {}, None
+    backend.has_swa_pool, backend._workspaces, backend._workspace_rows, backend._graph_rows = False, [], 0, 0
     pages = torch.randperm(SLOTS // PAGE)[:60].view(4, 15)
     table = (pages[:, :, None] * PAGE + torch.arange(PAGE)).view(4, -1).to(torch.int32)
     backend.req_to_token_pool = SimpleNamespace(req_to_token=table)

@@ -20,7 +20,7 @@ IDS = list(range(100, 180))
 @pytest.fixture(scope="module")
 def tiny(model, tmp_path_factory) -> Path:
     """A random Qwen3 with head_dim 128."""
-    return qwen3(model, tmp_path_factory.mktemp("qwen3") / "model", initializer_range=0.05)
+    return qwen3(model, tmp_path_factory.mktemp("qwen3") / "model")
 
 
 @pytest.fixture(scope="module")

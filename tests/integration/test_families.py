@@ -1,0 +1,73 @@
+"""Tiny random models of several families, served with INT4 and compared with transformers in float32.
+
+Each is also compared with transformers without the trait that the family is here for: the served answers must lie far
+closer to the model than to its crippled twin.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+from checkpoints import gemma3, granite_swa, qwen2
+from server import Server
+
+ARGS = "--max-total-tokens 2048 --context-length 512 --max-running-requests 4 --page-size 16 --chunked-prefill-size 64"
+PROMPT = [(37 * i * i + 11 * i) % 4000 + 200 for i in range(200)]
+
+
+def no_sinks(model) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(-1e4)
+
+
+def no_window(model) -> None:
+    model.config.layer_types = ["full_attention"] * model.config.num_hidden_layers
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+        layer.self_attn.layer_type = "full_attention"
+
+
+def no_key_bias(model) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data.zero_()
+
+
+def logprobs(model, ids: list[int]) -> list[float]:
+    with torch.no_grad():
+        logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return logs[range(len(ids) - 1), ids[1:]].tolist()
+
+
+def gap(a: list[float], b: list[float]) -> float:
+    return statistics.fmean(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "cripple", "pools"),
+    [(granite_swa, [no_sinks, no_window], 2), (gemma3, [no_window], 1), (qwen2, [no_key_bias], 1)],
+)
+def test_family(model, tmp_path, logs, make, cripple, pools):
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = make(model, tmp_path / "model")
+    server = Server(checkpoint, logs / f"{make.__name__}.log", *ARGS.split(), "--kv-cache-dtype", "int4")
+    try:
+        server.ready()
+        answer = server.generate(PROMPT, 24, return_logprob=True, logprob_start_len=0)
+        allocated = server.state()["kv_cache_format"]["allocated_bytes"]
+    finally:
+        server.stop()
+    assert allocated > 0
+    assert (server.text().count("SWAKVPool mem usage") > 0) == (pools == 2)
+    meta = answer["meta_info"]
+    got = [entry[0] for entry in meta["input_token_logprobs"][1:] + meta["output_token_logprobs"]]
+    ids = PROMPT + [entry[1] for entry in meta["output_token_logprobs"]]
+    distance = gap(got, logprobs(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), ids))
+    for change in cripple:
+        twin = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        change(twin)
+        control = gap(got, logprobs(twin, ids))
+        print(f"{make.__name__}: {distance:.3f} from the model, {control:.3f} {change.__name__}")
+        assert distance < control / 2, (change.__name__, distance, control)

@@ -114,7 +114,7 @@ def pool(model_runner) -> None:
         if type(kv_pool) is not Int4KVPool:
             fail(f"the KV pool is a {type(kv_pool).__name__}, expected {Int4KVPool.__name__}.")
         expected = options.kv_format(kv_pool.head_dim)
-        if len(kv_pool.transforms) != kv_pool.layer_num:  # built here, not at the first token: it may refuse the artifact
+        if len(kv_pool.transforms) != kv_pool.layer_num:  # built now, not at the first token: an artifact may be wrong
             fail(f"the KV pool has {kv_pool.layer_num} layers, its transforms are {len(kv_pool.transforms)}.")
         if kv_pool.format.fingerprint != expected.fingerprint:
             fail(f"the KV pool holds [{kv_pool.format.describe()}], asked for is [{expected.describe()}].")

@@ -139,7 +139,8 @@ inline DecodeParams decode_params(const at::Tensor& q, const at::Tensor& k_cache
                                   const OptionalTensor& lse, const OptionalTensor& workspace, int64_t max_q_len,
                                   int64_t page_size, double sm_scale, int64_t rotation_order, bool rotate_v,
                                   const OptionalTensor& k_mean, const OptionalTensor& k_scale,
-                                  const OptionalTensor& k_sign, double logit_cap, int64_t window, const OptionalTensor& sinks, const OptionalTensor& tree_mask) {
+                                  const OptionalTensor& k_sign, double logit_cap, int64_t window,
+                                  const OptionalTensor& sinks, const OptionalTensor& tree_mask) {
   const char* op = "decode_attention";
   check_rows(q, op, "q");
   const DType dtype = dtype_of(q, op, "q");

@@ -41,20 +41,32 @@ namespace saw_int4 {
 inline constexpr int kFormatVersion = 1;
 inline constexpr int kCodesPerWord = 8;
 inline constexpr int kCodeMax = 15;
-inline constexpr int kFitUnits = 4096;            // the least-squares fit counts u in 1/4096
-inline constexpr int kParamBytes = 4;             // fp16 scale, fp16 offset
-inline constexpr uint16_t kNanParam = 0x7e00;     // the fp16 NaN that marks a damaged row
+inline constexpr int kFitUnits = 4096;         // the least-squares fit counts u in 1/4096
+inline constexpr int kParamBytes = 4;          // fp16 scale, fp16 offset
+inline constexpr uint16_t kNanParam = 0x7e00;  // the fp16 NaN that marks a damaged row
 
 // Bytes of codes, and of a whole row. head_dim: a multiple of 16.
-SAW_INT4_HD constexpr int code_bytes(int head_dim) { return head_dim / 2; }
-SAW_INT4_HD constexpr int row_bytes(int head_dim) { return code_bytes(head_dim) + kParamBytes; }
+SAW_INT4_HD constexpr int code_bytes(int head_dim) {
+  return head_dim / 2;
+}
+SAW_INT4_HD constexpr int row_bytes(int head_dim) {
+  return code_bytes(head_dim) + kParamBytes;
+}
 
 // Byte positions of the parameters inside a row.
-SAW_INT4_HD constexpr int scale_byte(int head_dim) { return code_bytes(head_dim); }
-SAW_INT4_HD constexpr int offset_byte(int head_dim) { return code_bytes(head_dim) + 2; }
+SAW_INT4_HD constexpr int scale_byte(int head_dim) {
+  return code_bytes(head_dim);
+}
+SAW_INT4_HD constexpr int offset_byte(int head_dim) {
+  return code_bytes(head_dim) + 2;
+}
 
 // Where channel c lies: 32-bit word of the row, and bit inside that word.
-SAW_INT4_HD constexpr int word_of_channel(int c) { return c / kCodesPerWord; }
-SAW_INT4_HD constexpr int bit_of_channel(int c) { return 16 * (c & 1) + 4 * ((c >> 1) & 3); }
+SAW_INT4_HD constexpr int word_of_channel(int c) {
+  return c / kCodesPerWord;
+}
+SAW_INT4_HD constexpr int bit_of_channel(int c) {
+  return 16 * (c & 1) + 4 * ((c >> 1) & 3);
+}
 
 }  // namespace saw_int4

@@ -31,9 +31,8 @@ SAW_INT4_INLINE void store_row(void* base, int64_t index, DType dtype, int head_
 // (lo, hi) <- (lo + hi, lo - hi) for lanes kStride apart.
 template <int kStride, int... kLane>
 SAW_INT4_INLINE F butterfly(F v, std::integer_sequence<int, kLane...>) {
-  const F other = __builtin_shufflevector(v, v, (kLane ^ kStride)...);
   const U negate = {((kLane & kStride) ? 0x80000000u : 0u)...};
-  return (F)((U)v ^ negate) + other;
+  return (F)((U)v ^ negate) + swap_lanes<kStride>(v);
 }
 template <int kStride>
 SAW_INT4_INLINE F butterfly(F v) {
@@ -95,7 +94,9 @@ SAW_INT4_INLINE void fit_params(int64_t n, int64_t s1, int64_t s2, int64_t total
   params[1] = to_half(offset + scale * b);
 }
 
-SAW_INT4_INLINE bool is_finite_half(uint16_t x) { return (x & 0x7c00u) != 0x7c00u; }
+SAW_INT4_INLINE bool is_finite_half(uint16_t x) {
+  return (x & 0x7c00u) != 0x7c00u;
+}
 
 // Codes of 8 channels, a byte each, to their word: even channels to the low half, odd ones to the high half.
 SAW_INT4_INLINE uint32_t pack_word(uint64_t bytes) {
@@ -117,11 +118,9 @@ SAW_INT4_INLINE void quantize_row(const float* t, int head_dim, uint8_t* codes, 
     highs = max(x, highs);
     damaged |= ((U)x & 0x7f800000u) == 0x7f800000u;
   }
-  int32_t any_damage = 0;
-  for (int l = 0; l < N; ++l) any_damage |= damaged[l];
   const float low = lane_min(lows), high = lane_max(highs);
   uint16_t params[2] = {to_half((high - low) / 15.f), to_half(low)};
-  bool damage = any_damage || !is_finite_half(params[0]) || !is_finite_half(params[1]);
+  bool damage = any_lane(damaged) || !is_finite_half(params[0]) || !is_finite_half(params[1]);
   if (!damage && params[0] != 0) {
     const F offset = splat(from_half(params[1])), inverse = splat(1.f / from_half(params[0]));
     I s1{}, s2{}, total{}, cross{};
@@ -155,16 +154,20 @@ SAW_INT4_INLINE void quantize_row(const float* t, int head_dim, uint8_t* codes, 
   __builtin_memcpy(row + scale_byte(head_dim), params, sizeof(params));
 }
 
-// The word of every one of N consecutive channels from c, and its bit there.
-SAW_INT4_INLINE U words_of_channels(const uint8_t* row, int c) {
+// The codes of N consecutive channels from c, a multiple of N, in the low bits of their lanes.
+template <int... kLane>
+SAW_INT4_INLINE U channel_codes(const uint8_t* row, int c, std::integer_sequence<int, kLane...>) {
   const U first = splat(load<uint32_t>(row + 4 * word_of_channel(c)));
-  if constexpr (N <= kCodesPerWord) {
-    return first;
+  if constexpr (N < kCodesPerWord) {
+    const U low = {static_cast<uint32_t>(bit_of_channel(kLane))...};
+    const U high = {static_cast<uint32_t>(bit_of_channel(kLane + N))...};
+    return first >> (c % kCodesPerWord == 0 ? low : high);
   } else {
+    const U bits = {static_cast<uint32_t>(bit_of_channel(kLane % kCodesPerWord))...};
+    if constexpr (N == kCodesPerWord) return first >> bits;
     const U second = splat(load<uint32_t>(row + 4 * word_of_channel(c + kCodesPerWord)));
-    I lane;
-    for (int l = 0; l < N; ++l) lane[l] = l;
-    return lane < kCodesPerWord ? first : second;
+    const I in_first = {(kLane < kCodesPerWord ? -1 : 0)...};
+    return (in_first ? first : second) >> bits;
   }
 }
 
@@ -173,9 +176,8 @@ SAW_INT4_INLINE void dequantize_row(const uint8_t* row, int head_dim, float* t) 
   const F scale = splat(from_half(load<uint16_t>(row + scale_byte(head_dim))));
   const F offset = splat(from_half(load<uint16_t>(row + offset_byte(head_dim))));
   for (int c = 0; c < head_dim; c += N) {
-    U bit;
-    for (int l = 0; l < N; ++l) bit[l] = bit_of_channel((c + l) % kCodesPerWord);
-    store(t + c, scale * saw_int4::SAW_INT4_ISA::codes(words_of_channels(row, c) >> bit) + offset);
+    const U words = channel_codes(row, c, std::make_integer_sequence<int, N>{});
+    store(t + c, scale * codes(words) + offset);
   }
 }
 

@@ -13,7 +13,7 @@ import torch
 from checkpoints import gemma3, granite_swa, qwen2
 from server import Server
 
-ARGS = "--max-total-tokens 2048 --context-length 512 --max-running-requests 4 --page-size 16 --chunked-prefill-size 64"
+ARGS = "--max-total-tokens 2048 --context-length 512 --max-running-requests 4 --chunked-prefill-size"
 PROMPT = [(37 * i * i + 11 * i) % 4000 + 200 for i in range(200)]
 
 
@@ -45,14 +45,19 @@ def gap(a: list[float], b: list[float]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("make", "cripple", "pools"),
-    [(granite_swa, [no_sinks, no_window], 2), (gemma3, [no_window], 1), (qwen2, [no_key_bias], 1)],
+    ("make", "cripple", "pools", "page", "chunk"),
+    [
+        (granite_swa, [no_sinks, no_window], 2, 16, 64),
+        (gemma3, [no_window], 1, 32, 64),
+        (qwen2, [no_key_bias], 1, 128, 128),
+    ],
 )
-def test_family(model, tmp_path, logs, make, cripple, pools):
+def test_family(model, tmp_path, logs, make, cripple, pools, page, chunk):
     from transformers import AutoModelForCausalLM
 
     checkpoint = make(model, tmp_path / "model")
-    server = Server(checkpoint, logs / f"{make.__name__}.log", *ARGS.split(), "--kv-cache-dtype", "int4")
+    args = [*ARGS.split(), str(chunk), "--page-size", str(page), "--kv-cache-dtype", "int4"]
+    server = Server(checkpoint, logs / f"{make.__name__}.log", *args)
     try:
         server.ready()
         answer = server.generate(PROMPT, 24, return_logprob=True, logprob_start_len=0)

@@ -61,18 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         print(parser().format_help(), "\nSGLang's own flags:\n", sep="", flush=True)
     choose_platform()
 
-    from sglang.srt.plugins import load_plugins
+    from saw_int4.sglang_plugin.launch import run
 
-    load_plugins()
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
-
-    server_args = prepare_server_args(theirs)
-    try:
-        run_server(server_args)
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
+    run(theirs)
 
 
 def choose_platform() -> None:

@@ -164,8 +164,8 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, 2) saw_int4_append_kernel
       const int index = kLanesPerRow * k + lane;
       if (tensor == 1 || tr.k_mean == nullptr || index >= kRowWords) continue;
       float mean[8], inv_scale[8];
-      load_channels_as<DType::kFloat32>(tr.k_mean, head * D + index * 8, mean);
-      load_channels_as<DType::kFloat32>(tr.k_inv_scale, head * D + index * 8, inv_scale);
+      load_channels<DType::kFloat32>(tr.k_mean, head * D + index * 8, mean);
+      load_channels<DType::kFloat32>(tr.k_inv_scale, head * D + index * 8, inv_scale);
       SAW_INT4_UNROLL
       for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(dev::sub_rn(t[k][i], mean[i]), inv_scale[i]);
     }
@@ -183,7 +183,7 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, 2) saw_int4_append_kernel
       const int index = kLanesPerRow * k + lane;
       if (tensor == 1 || tr.k_sign == nullptr || index >= kRowWords) continue;
       float sign[8];
-      load_channels_as<DType::kFloat32>(tr.k_sign, head * D + index * 8, sign);
+      load_channels<DType::kFloat32>(tr.k_sign, head * D + index * 8, sign);
       SAW_INT4_UNROLL
       for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], sign[i]);
     }

@@ -7,6 +7,17 @@
 
 namespace saw_int4 {
 
+// Eight 16-bit floats, fp16 or bf16.
+SAW_INT4_DEVICE void widen_half(const uint4& v, bool is_fp16, float (&x)[8]) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  SAW_INT4_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const auto lo = static_cast<uint16_t>(words[j]), hi = static_cast<uint16_t>(words[j] >> 16);
+    x[2 * j] = is_fp16 ? dev::f16_to_float(lo) : dev::bf16_to_float(lo);
+    x[2 * j + 1] = is_fp16 ? dev::f16_to_float(hi) : dev::bf16_to_float(hi);
+  }
+}
+
 // Eight channels as they lie in memory: fetched first, widened when needed, so that many loads are in flight.
 template <DType kType>
 struct Channels {
@@ -24,37 +35,26 @@ struct Channels {
   }
 
   SAW_INT4_DEVICE void widen(float (&x)[8]) const {
-    SAW_INT4_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      const uint32_t words[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+    if constexpr (kType == DType::kFloat32) {
       SAW_INT4_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if constexpr (kType == DType::kFloat32) {
-          x[4 * i + j] = dev::bits_float(words[j]);
-        } else {
-          const auto lo = static_cast<uint16_t>(words[j]), hi = static_cast<uint16_t>(words[j] >> 16);
-          x[2 * j] = kType == DType::kFloat16 ? dev::f16_to_float(lo) : dev::bf16_to_float(lo);
-          x[2 * j + 1] = kType == DType::kFloat16 ? dev::f16_to_float(hi) : dev::bf16_to_float(hi);
-        }
+      for (int i = 0; i < kVectors; ++i) {
+        x[4 * i] = dev::bits_float(raw[i].x);
+        x[4 * i + 1] = dev::bits_float(raw[i].y);
+        x[4 * i + 2] = dev::bits_float(raw[i].z);
+        x[4 * i + 3] = dev::bits_float(raw[i].w);
       }
+    } else {
+      widen_half(raw[0], kType == DType::kFloat16, x);
     }
   }
 };
 
-// x[0..7] <- channels index .. index + 7, whatever their dtype.
+// x[0..7] <- channels index .. index + 7.
 template <DType kType>
-SAW_INT4_DEVICE void load_channels_as(const void* base, int64_t index, float (&x)[8]) {
+SAW_INT4_DEVICE void load_channels(const void* base, int64_t index, float (&x)[8]) {
   Channels<kType> channels;
   channels.load(base, index);
   channels.widen(x);
-}
-SAW_INT4_DEVICE void load_channels(const void* base, int64_t index, DType dtype, float (&x)[8]) {
-  if (dtype == DType::kFloat32)
-    load_channels_as<DType::kFloat32>(base, index, x);
-  else if (dtype == DType::kFloat16)
-    load_channels_as<DType::kFloat16>(base, index, x);
-  else
-    load_channels_as<DType::kBFloat16>(base, index, x);
 }
 
 // Two floats as two 16-bit values, rounded to nearest even.

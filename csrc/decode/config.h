@@ -27,16 +27,21 @@ constexpr int max_row_tiles(int head_dim) {
 
 // Blocks of 8 warps per SM that the registers allow (128 or 255 per thread).
 constexpr int blocks_by_registers(int head_dim, int row_tiles) {
-  return head_dim * row_tiles <= 128 ? 2 : 1;
+  return row_tiles == 1 && head_dim <= 128 ? 2 : 1;
 }
 
-// The query fragments stay in registers where they fit, else in shared memory.
+// The query stays in registers where they suffice, else it lies in shared memory.
 constexpr bool query_in_registers(int head_dim, int row_tiles) {
-  return head_dim * row_tiles <= 256;
+  return row_tiles == 1 || (row_tiles == 2 && head_dim == 128);
 }
 
 constexpr int query_words_per_lane(int head_dim) {
   return (head_dim + 31) / 32;
+}
+
+// Shared memory for the fragments and score terms of one KV head.
+constexpr int query_bytes(int head_dim, int row_tiles) {
+  return row_tiles * (query_words_per_lane(head_dim) * 512 + kRowsPerTile * 16);
 }
 
 // Shapes of a launch, known at capture time.
@@ -93,10 +98,9 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   // The stages double as the place where the warps of a block merge one row tile.
   const int merge_bytes = plan.warps * kRowsPerTile * ((shape.head_dim + 4) * 4 + 8);
   plan.query_offset = (std::max(plan.stages * plan.stage_bytes, merge_bytes) + 15) / 16 * 16;
-  const int query_bytes = query_in_registers(shape.head_dim, plan.row_tiles)
-                              ? 0
-                              : plan.heads_per_block * plan.row_tiles * query_words_per_lane(shape.head_dim) * 512;
-  plan.slots_offset = plan.query_offset + query_bytes;
+  const bool in_registers = query_in_registers(shape.head_dim, plan.row_tiles);
+  plan.slots_offset =
+      plan.query_offset + (in_registers ? 0 : plan.heads_per_block * query_bytes(shape.head_dim, plan.row_tiles));
   plan.rows_offset = plan.slots_offset + plan.stages * plan.tile_tokens * 4;
   plan.scratch_offset = plan.rows_offset + kRowsPerTile * plan.row_tiles * 16;
   plan.shared_bytes = plan.scratch_offset + kDecodeScratchBytes;

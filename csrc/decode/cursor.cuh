@@ -68,15 +68,20 @@ class Cursor {
   // Finds the request that holds the block's first unit. All threads. False when there is nothing to do for it.
   SAW_INT4_DEVICE bool start(const DecodeParams& p, const DecodePlan& plan) const {
     const int threads = dev::thread_count();
-    int64_t mine = 0, total = 0;
-    for (int b = dev::thread_index(); b < p.num_requests; b += threads) mine += units_of(p, plan, b);
-    block_scan(mine, scratch_, total);
-    if (total == 0) return false;
+    const int64_t first = units_of(p, plan, dev::thread_index());
+    int64_t rest = 0, first_total = 0, rest_total = 0;
+    const int64_t first_end = block_scan(first, scratch_, first_total);
+    if (p.num_requests > threads) {
+      for (int b = threads + dev::thread_index(); b < p.num_requests; b += threads) rest += units_of(p, plan, b);
+      block_scan(rest, scratch_, rest_total);
+    }
+    const int64_t total = first_total + rest_total;
     const int blocks = working_blocks(total, dev::block_count());
     if (dev::block_index() >= blocks) return false;
     const int64_t begin = block_begin(total, dev::block_index(), blocks);
-    int64_t before = 0;
-    for (int base = 0; before <= begin; base += threads) {
+    if (begin >= first_end - first && begin < first_end) save(total, begin, first_end - first, dev::thread_index());
+    int64_t before = first_total;
+    for (int base = threads; before <= begin; base += threads) {
       const int b = base + dev::thread_index();
       const int64_t units = units_of(p, plan, b);
       int64_t chunk = 0;

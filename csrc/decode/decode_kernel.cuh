@@ -169,7 +169,7 @@ SAW_INT4_DEVICE void attend(Softmax<D, NT>& s, const Query<D, NT>& query, uint32
       for (int nt = 0; nt < NT; ++nt) {
         SAW_INT4_UNROLL
         for (int u = 0; u < 2; ++u) {
-          const ScoreTerms& t = query.terms[nt][u];
+          const ScoreTerms t = query.terms(nt, u);
           float& x = w[mt][nt][2 * half + u];
           x = dev::fma_rn(scale, dev::fma_rn(x, t.k, -t.bias), dev::fma_rn(offset, t.qsum, t.c0));
         }
@@ -277,19 +277,25 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
   const uint32_t slots = base + plan.slots_offset;
   const bool has_slot = thread < tile_tokens;
 
-  // Slots of the first `stages` tiles, then the copies of all but the last of them.
-  for (int i = 0; i < stages; ++i)
-    if (has_slot) {
-      const int token = (piece.tile_begin + i) * tile_tokens + thread;
-      dev::st_shared<int32_t>(slots + (i * tile_tokens + thread) * 4, load_slot(source, p.num_slots, token));
-    }
+  // Slots of the first `stages` tiles and the query, in one trip to memory; then the copies of all tiles but the last.
+  RawQuery<D, NT> raw_query;
+  fetch_query<D, NT>(raw_query, p, piece.rows, piece.kv_head + head);
+  int first_slots[kMaxStages];
+  SAW_INT4_UNROLL
+  for (int i = 0; i < kMaxStages; ++i)
+    first_slots[i] =
+        has_slot && i < stages ? fetch_slot(source, (piece.tile_begin + i) * tile_tokens + thread) : kPastEnd;
+  int next_slot = has_slot ? fetch_slot(source, (piece.tile_begin + stages) * tile_tokens + thread) : kPastEnd;
+  SAW_INT4_UNROLL
+  for (int i = 0; i < kMaxStages; ++i)
+    if (has_slot && i < stages)
+      dev::st_shared<int32_t>(slots + (i * tile_tokens + thread) * 4, checked_slot(first_slots[i], p.num_slots));
   dev::block_sync();
   for (int i = 0; i < stages - 1; ++i) {
     if (piece.tile_begin + i < piece.tile_end)
       copy_tile(p, plan, source, slots + i * tile_tokens * 4, base + i * plan.stage_bytes);
     dev::cp_async_commit();
   }
-  int next_slot = has_slot ? load_slot(source, p.num_slots, (piece.tile_begin + stages) * tile_tokens + thread) : -1;
 
   // What each query row sees. Rows of a pass: 0 .. rows - 1; the padding sees nothing.
   const int first_new = piece.seq_len - piece.q_len;
@@ -316,8 +322,8 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
   const int64_t unmasked_begin = p.window >= 0 ? last_position - p.window : 0;
 
   Query<D, NT> query;
-  query.shared = base + plan.query_offset + head * (NT * query_words_per_lane(D) * 512) + dev::lane_id() * 16;
-  load_query<D, NT>(query, p, piece.rows, piece.kv_head + head, way == 0);
+  query.shared = base + plan.query_offset + head * query_bytes(D, NT);
+  transform_query<D, NT>(query, raw_query, p, piece.rows, piece.kv_head + head, way == 0);
   const float cap = p.logit_cap * kLog2e;
 
   const uint32_t my_rows = (way * kTokensPerWarp) * plan.token_stride + inside_chunk + head * row_bytes(D);
@@ -331,8 +337,8 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
       copy_tile(p, plan, source, slots + before * tile_tokens * 4, base + before * plan.stage_bytes);
     dev::cp_async_commit();
     if (has_slot) {
-      dev::st_shared<int32_t>(slots + (stage * tile_tokens + thread) * 4, next_slot);
-      next_slot = load_slot(source, p.num_slots, (ahead + 2) * tile_tokens + thread);
+      dev::st_shared<int32_t>(slots + (stage * tile_tokens + thread) * 4, checked_slot(next_slot, p.num_slots));
+      next_slot = fetch_slot(source, (ahead + 2) * tile_tokens + thread);
     }
     const int token = tile * tile_tokens + way * kTokensPerWarp;
     const bool masked = token + kTokensPerWarp > unmasked_end || token < unmasked_begin;

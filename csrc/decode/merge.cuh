@@ -107,8 +107,10 @@ struct BlockPiece {
       : base(static_cast<float*>(p.workspace) + slot * plan.piece_floats),
         rows(plan.heads_per_block * plan.rows_per_head) {}
   SAW_INT4_DEVICE float2* sums(int row) const { return reinterpret_cast<float2*>(base + rows * D) + row; }
+  // The lane's channels of a row; lanes past the end get the first ones, to read and not to use.
   SAW_INT4_DEVICE float4* values(int row) const {
-    return reinterpret_cast<float4*>(base + row * D + dev::lane_id() * RowPiece<D>::kPerLane);
+    const int channel = lane_has_channels<D>() ? dev::lane_id() * RowPiece<D>::kPerLane : 0;
+    return reinterpret_cast<float4*>(base + row * D + channel);
   }
 };
 
@@ -128,24 +130,34 @@ SAW_INT4_DEVICE RowPiece<D> merge_blocks(const DecodeParams& p, const DecodePlan
   RowPiece<D> sum;
   SAW_INT4_UNROLL
   for (int i = 0; i < N; ++i) sum.o[i] = 0.f;
-  for (int block = run.first_block + dev::lane_id(); block <= run.last_block; block += 32)
-    sum.m = dev::fmax(sum.m, dev::ld_global_coherent(BlockPiece<D>(p, plan, run.slot(block)).sums(row)).x);
-  SAW_INT4_UNROLL
-  for (int mask = 16; mask >= 1; mask /= 2) sum.m = dev::fmax(sum.m, dev::shfl_xor(sum.m, mask));
-  SAW_INT4_UNROLL_BY(8)
-  for (int block = run.first_block; block <= run.last_block; ++block) {
-    const BlockPiece<D> piece(p, plan, run.slot(block));
-    const float2 ml = dev::ld_global_coherent(piece.sums(row));
-    const float weight = piece_weight(ml.x, sum.m);
-    sum.l = dev::fma_rn(ml.y, weight, sum.l);
-    if (!lane_has_channels<D>()) continue;
+  const int pieces = run.last_block - run.first_block + 1;
+  for (int base = 0; base < pieces; base += 32) {
+    // Lane i weighs piece base + i; then every lane adds its channels of all of them.
+    float2 ml{-INFINITY, 0.f};
+    if (base + dev::lane_id() < pieces)
+      ml = dev::ld_global_coherent(BlockPiece<D>(p, plan, run.slot(run.first_block + base + dev::lane_id())).sums(row));
+    float top = dev::fmax(sum.m, ml.x);
     SAW_INT4_UNROLL
-    for (int i = 0; i < N; i += 4) {
-      const float4 o = dev::ld_global_coherent(piece.values(row) + i / 4);
-      sum.o[i] = dev::fma_rn(o.x, weight, sum.o[i]);
-      sum.o[i + 1] = dev::fma_rn(o.y, weight, sum.o[i + 1]);
-      sum.o[i + 2] = dev::fma_rn(o.z, weight, sum.o[i + 2]);
-      sum.o[i + 3] = dev::fma_rn(o.w, weight, sum.o[i + 3]);
+    for (int mask = 16; mask >= 1; mask /= 2) top = dev::fmax(top, dev::shfl_xor(top, mask));
+    const float keep = piece_weight(sum.m, top), weight = piece_weight(ml.x, top);
+    sum.m = top;
+    sum.l *= keep;
+    SAW_INT4_UNROLL
+    for (int i = 0; i < N; ++i) sum.o[i] *= keep;
+    const int here = pieces - base < 32 ? pieces - base : 32;
+    SAW_INT4_UNROLL_BY(8)
+    for (int i = 0; i < here; ++i) {
+      const float w = dev::shfl_idx(weight, i);
+      sum.l = dev::fma_rn(dev::shfl_idx(ml.y, i), w, sum.l);
+      const BlockPiece<D> piece(p, plan, run.slot(run.first_block + base + i));
+      SAW_INT4_UNROLL
+      for (int e = 0; e < N; e += 4) {
+        const float4 o = dev::ld_global_coherent(piece.values(row) + e / 4);
+        sum.o[e] = dev::fma_rn(o.x, w, sum.o[e]);
+        sum.o[e + 1] = dev::fma_rn(o.y, w, sum.o[e + 1]);
+        sum.o[e + 2] = dev::fma_rn(o.z, w, sum.o[e + 2]);
+        sum.o[e + 3] = dev::fma_rn(o.w, w, sum.o[e + 3]);
+      }
     }
   }
   return sum;

@@ -19,11 +19,15 @@ struct TileSource {
   int end_token;         // tokens of the request; the tail of the last tile is filled with zeros
 };
 
-// Slot of token t, or -1 past the end. A slot outside the cache stops the kernel: reading on would be silent garbage.
-SAW_INT4_DEVICE int load_slot(const TileSource& source, int64_t num_slots, int token) {
-  if (token >= source.end_token) return -1;
-  const int slot = dev::ld_global(source.slots + token);
-  if (static_cast<uint32_t>(slot) >= num_slots) dev::trap();
+// Slot of a token, or kPastEnd.
+inline constexpr int kPastEnd = INT32_MIN;
+SAW_INT4_DEVICE int fetch_slot(const TileSource& source, int token) {
+  return token < source.end_token ? dev::ld_global(source.slots + token) : kPastEnd;
+}
+
+// A slot outside the cache stops the kernel: reading on would be silent garbage.
+SAW_INT4_DEVICE int checked_slot(int slot, int64_t num_slots) {
+  if (slot != kPastEnd && static_cast<uint32_t>(slot) >= num_slots) dev::trap();
   return slot;
 }
 

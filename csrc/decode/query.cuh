@@ -29,41 +29,75 @@ template <int D, int NT>
 struct Query {
   static constexpr int kWords = query_words_per_lane(D);
   static constexpr bool kInRegisters = query_in_registers(D, NT);
-  uint4 registers[kInRegisters ? NT : 1][kInRegisters ? kWords : 1];
-  uint32_t shared;  // address of this lane's first fragment, when they lie in shared memory
-  ScoreTerms terms[NT][2];
+  static constexpr int kTermsAt = NT * kWords * 512;  // bytes of fragments before the terms, in shared memory
+  static_assert(kTermsAt + NT * kRowsPerTile * 16 == query_bytes(D, NT));
 
+  uint4 registers[kInRegisters ? NT : 1][kInRegisters ? kWords : 1];
+  ScoreTerms register_terms[kInRegisters ? NT : 1][2];
+  uint32_t shared;  // address of the KV head's fragments and terms, when they lie in shared memory
+
+  SAW_INT4_DEVICE uint32_t fragment_at(int nt, int j) const {
+    return shared + (nt * kWords + j) * 512 + dev::lane_id() * 16;
+  }
   SAW_INT4_DEVICE uint4 fragment(int nt, int j) const {
     if constexpr (kInRegisters)
       return registers[nt][j];
     else
-      return dev::ld_shared<uint4>(shared + (nt * kWords + j) * 512);
+      return dev::ld_shared<uint4>(fragment_at(nt, j));
+  }
+  SAW_INT4_DEVICE uint32_t terms_at(int row) const { return shared + kTermsAt + row * 16; }
+  SAW_INT4_DEVICE ScoreTerms terms(int nt, int u) const {
+    if constexpr (kInRegisters) {
+      return register_terms[nt][u];
+    } else {
+      const auto t = dev::ld_shared<float4>(terms_at(nt * kRowsPerTile + 2 * (dev::lane_id() % 4) + u));
+      return {t.x, t.y, t.z, t.w};
+    }
   }
 };
 
+// The rows as they lie in memory. Fetched without a branch, so that all loads are in flight together, and before the
+// copies are issued; rows and channels past the end are those of the first, and zeroed when used.
 template <int D, int NT>
-SAW_INT4_DEVICE void load_query(Query<D, NT>& query, const DecodeParams& p, const QueryRows& rows, int kv_head,
-                                bool writes_shared) {
+struct RawQuery {
+  uint4 words[NT][query_words_per_lane(D)];
+};
+
+template <int D, int NT>
+SAW_INT4_DEVICE void fetch_query(RawQuery<D, NT>& raw, const DecodeParams& p, const QueryRows& rows, int kv_head) {
+  const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < NT; ++nt) {
+    const int row = nt * kRowsPerTile + g < rows.rows ? nt * kRowsPerTile + g : 0;
+    const auto* base = static_cast<const uint16_t*>(p.q) + ((rows.first_token + rows.token(row)) * p.q_token_stride +
+                                                            (kv_head * rows.group + rows.head(row)) * D);
+    SAW_INT4_UNROLL
+    for (int j = 0; j < query_words_per_lane(D); ++j) {
+      const int channel = 8 * (4 * j + c) < D ? 8 * (4 * j + c) : 0;
+      raw.words[nt][j] = dev::ld_global(reinterpret_cast<const uint4*>(base + channel));
+    }
+  }
+}
+
+template <int D, int NT>
+SAW_INT4_DEVICE void transform_query(Query<D, NT>& query, const RawQuery<D, NT>& raw, const DecodeParams& p,
+                                     const QueryRows& rows, int kv_head, bool writes_shared) {
   constexpr int kWords = Query<D, NT>::kWords;
-  const int g = dev::lane_id() / 4, c = dev::lane_id() % 4, order = p.transform.rotation_order;
+  const int c = dev::lane_id() % 4, order = p.transform.rotation_order;
   const float norm = hadamard_norm(order);
   SAW_INT4_UNROLL
   for (int nt = 0; nt < NT; ++nt) {
-    const int row = nt * kRowsPerTile + g;
-    const int64_t base =
-        (rows.first_token + rows.token(row)) * p.q_token_stride + (kv_head * rows.group + rows.head(row)) * D;
+    const bool used = nt * kRowsPerTile + dev::lane_id() / 4 < rows.rows;
     float x[kWords][8], mean_score = 0.f;
     SAW_INT4_UNROLL
     for (int j = 0; j < kWords; ++j) {
       const int channel = 8 * (4 * j + c);
-      SAW_INT4_UNROLL
-      for (int i = 0; i < 8; ++i) x[j][i] = 0.f;
-      if (row >= rows.rows || channel >= D) continue;
-      load_channels(p.q, base + channel, p.dtype, x[j]);
-      if (p.transform.k_mean == nullptr) continue;
+      const uint4 zero{0, 0, 0, 0};
+      widen_half(used && channel < D ? raw.words[nt][j] : zero, p.dtype == DType::kFloat16, x[j]);
+      if (p.transform.k_mean == nullptr || channel >= D) continue;
       float mean[8], scale[8];
-      load_channels(p.transform.k_mean, kv_head * D + channel, DType::kFloat32, mean);
-      load_channels(p.transform.k_scale, kv_head * D + channel, DType::kFloat32, scale);
+      load_channels<DType::kFloat32>(p.transform.k_mean, kv_head * D + channel, mean);
+      load_channels<DType::kFloat32>(p.transform.k_scale, kv_head * D + channel, scale);
       SAW_INT4_UNROLL
       for (int i = 0; i < 8; ++i) {
         mean_score = dev::fma_rn(x[j][i], mean[i], mean_score);
@@ -114,7 +148,7 @@ SAW_INT4_DEVICE void load_query(Query<D, NT>& query, const DecodeParams& p, cons
       const int channel = 8 * (4 * j + c);
       if (p.transform.k_sign != nullptr && channel < D) {
         float sign[8];
-        load_channels(p.transform.k_sign, kv_head * D + channel, DType::kFloat32, sign);
+        load_channels<DType::kFloat32>(p.transform.k_sign, kv_head * D + channel, sign);
         SAW_INT4_UNROLL
         for (int i = 0; i < 8; ++i) x[j][i] *= sign[i];
       }
@@ -144,7 +178,7 @@ SAW_INT4_DEVICE void load_query(Query<D, NT>& query, const DecodeParams& p, cons
       if constexpr (Query<D, NT>::kInRegisters)
         query.registers[nt][j] = fragment;
       else if (writes_shared)
-        dev::st_shared(query.shared + (nt * kWords + j) * 512, fragment);
+        dev::st_shared(query.fragment_at(nt, j), fragment);
     }
     SAW_INT4_UNROLL
     for (int mask = 1; mask < 4; mask *= 2) {
@@ -153,14 +187,17 @@ SAW_INT4_DEVICE void load_query(Query<D, NT>& query, const DecodeParams& p, cons
       mean_score += dev::shfl_xor(mean_score, mask);
     }
     const float unit = p.sm_scale * kLog2e, k = unit * norm * grow;
-    SAW_INT4_UNROLL
-    for (int u = 0; u < 2; ++u) {
-      const int source = 4 * (2 * c + u);
-      ScoreTerms& t = query.terms[nt][u];
-      t.k = dev::shfl_idx(k, source);
-      t.bias = dev::shfl_idx(k * (kCodeBias * rounded_sum), source);
-      t.qsum = dev::shfl_idx(k * qsum, source);
-      t.c0 = dev::shfl_idx(unit * mean_score, source);
+    const ScoreTerms mine{k, k * (kCodeBias * rounded_sum), k * qsum, unit * mean_score};  // of row g
+    if constexpr (Query<D, NT>::kInRegisters) {
+      SAW_INT4_UNROLL
+      for (int u = 0; u < 2; ++u) {
+        const int source = 4 * (2 * c + u);
+        query.register_terms[nt][u] = {dev::shfl_idx(mine.k, source), dev::shfl_idx(mine.bias, source),
+                                       dev::shfl_idx(mine.qsum, source), dev::shfl_idx(mine.c0, source)};
+      }
+    } else if (writes_shared && c == 0) {
+      dev::st_shared(query.terms_at(nt * kRowsPerTile + dev::lane_id() / 4),
+                     float4{mine.k, mine.bias, mine.qsum, mine.c0});
     }
   }
 }

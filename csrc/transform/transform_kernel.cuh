@@ -37,12 +37,12 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kTransformThreads, 2) saw_int4_transform_
     channels.widen(t[k]);
     float vector[8];
     if (p.mean != nullptr) {
-      load_channels_as<DType::kFloat32>(p.mean, kv_head * D + index * 8, vector);
+      load_channels<DType::kFloat32>(p.mean, kv_head * D + index * 8, vector);
       SAW_INT4_UNROLL
       for (int i = 0; i < 8; ++i) t[k][i] = dev::sub_rn(t[k][i], vector[i]);
     }
     if (p.mul != nullptr) {
-      load_channels_as<DType::kFloat32>(p.mul, kv_head * D + index * 8, vector);
+      load_channels<DType::kFloat32>(p.mul, kv_head * D + index * 8, vector);
       SAW_INT4_UNROLL
       for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], vector[i]);
     }
@@ -62,7 +62,7 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kTransformThreads, 2) saw_int4_transform_
     if (!active || index >= kRowWords) continue;
     if (p.sign != nullptr) {
       float sign[8];
-      load_channels_as<DType::kFloat32>(p.sign, kv_head * D + index * 8, sign);
+      load_channels<DType::kFloat32>(p.sign, kv_head * D + index * 8, sign);
       SAW_INT4_UNROLL
       for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], sign[i]);
     }

@@ -35,6 +35,9 @@ READS = {
         "k_buffer", "v_buffer", "head_num", "head_dim", "layer_num", "start_layer", "size", "page_size",
         "get_kv_buffer", "get_kv_size_bytes", "set_kv_buffer",
     ),
+    "sglang.srt.mem_cache.swa_memory_pool.SWAKVPool": (
+        "full_kv_pool", "swa_kv_pool", "layers_mapping", "translate_loc_from_full_to_swa",
+    ),
     "sglang.srt.configs.model_config.ModelConfig": (
         "head_dim", "v_head_dim", "is_encoder_decoder", "hf_config", "get_num_kv_heads",
     ),
@@ -46,8 +49,8 @@ OVERRIDES = {
         "_init_kv_copy_and_warmup", "_set_quantized_kv_buffer", "set_kv_buffer_prefix_valid",
     ),
     "saw_int4.sglang_plugin.backend.Int4AttentionBackend": (
-        "forward_decode", "forward_extend", "get_cuda_graph_seq_len_fill_value", "init_forward_metadata",
-        "support_triton",
+        "forward_decode", "forward_extend", "get_cuda_graph_seq_len_fill_value", "init_cuda_graph_state",
+        "init_forward_metadata_out_graph", "shared_read_ends", "support_triton",
     ),
     "saw_int4.sglang_plugin.quant_method.Int4KVMethod": (
         "attention_accesses", "compute_cell_size", "create_buffers", "dequantize_prev_kv", "quantize_and_store",

@@ -1,4 +1,4 @@
-"""``saw-int4 doctor`` without SGLang: torch, devices, extension, options. With it: tests/integration/test_doctor.py."""
+"""``saw-int4 doctor`` without SGLang: torch, devices, extension, options. With it: tests/integration/test_fit.py."""
 
 from types import SimpleNamespace
 

@@ -50,6 +50,11 @@ class Int4AttentionBackend(AttentionBackend):
             translate_slots(self.plan, forward_batch, self.kv_pool, self.req_to_token_pool.req_to_token)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        if self.has_swa_pool:
+            raise NotImplementedError(
+                "int4 KV cache: CUDA graphs of models with a sliding-window pool are not supported. "
+                "Way out: --disable-cuda-graph, or --disable-hybrid-swa-memory."
+            )
         self._graph_rows = max_num_tokens
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:

@@ -26,6 +26,7 @@ class Int4KVPool(MHATokenToKVPool):
             raise ValueError("int4 KV cache: another quantization method, or post-capture sizing, is active.")
         method = Int4KVMethod(env.published().kv_format(head_dim))
         super().__init__(*args, head_dim=head_dim, quant_method=method, **kwargs)
+        self.layer_ids = list(range(self.start_layer, self.start_layer + self.layer_num))  # in the model
 
     @property
     def format(self) -> KVFormat:
@@ -46,8 +47,7 @@ class Int4KVPool(MHATokenToKVPool):
         from sglang.srt.runtime_context import get_parallel
 
         rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
-        layers = range(self.start_layer, self.start_layer + self.layer_num)
-        return [KeyTransform.of(calibration.rank(i, rank, size), self) for i in layers]
+        return [KeyTransform.of(calibration.rank(i, rank, size), self) for i in self.layer_ids]
 
     def rows(self, local_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V rows of one of this pool's layers, uint8 [slots, H_kv, row_bytes]."""
@@ -92,6 +92,12 @@ def locate(kv_pool, layer_id: int) -> tuple[Int4KVPool, int, bool]:
         return kv_pool, layer_id - kv_pool.start_layer, False
     local, is_swa = kv_pool.layers_mapping[layer_id]
     return (kv_pool.swa_kv_pool if is_swa else kv_pool.full_kv_pool), local, is_swa
+
+
+def name_layers(kv_pool) -> None:
+    """Tell the two parts of a pool with sliding-window layers which layers of the model they hold."""
+    for layer_id, (local, is_swa) in getattr(kv_pool, "layers_mapping", {}).items():
+        (kv_pool.swa_kv_pool if is_swa else kv_pool.full_kv_pool).layer_ids[local] = layer_id
 
 
 def pools_of(kv_pool) -> list:

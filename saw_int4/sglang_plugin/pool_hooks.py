@@ -20,11 +20,13 @@ def configure_kv_cache_dtype(original, *args, **kwargs):
 
 def build_pool(original, self, **kwargs):
     """AROUND the KVCacheConfigurator methods that take the multi-head pool class."""
-    if self.kv_cache_dtype_str == KV_CACHE_DTYPE:
-        from saw_int4.sglang_plugin.pool import Int4KVPool
+    if self.kv_cache_dtype_str != KV_CACHE_DTYPE:
+        return original(self, **kwargs)
+    from saw_int4.sglang_plugin.pool import Int4KVPool, name_layers
 
-        kwargs["mha_pool_class"] = Int4KVPool
-    return original(self, **kwargs)
+    kv_pool = original(self, **{**kwargs, "mha_pool_class": Int4KVPool})
+    name_layers(kv_pool)
+    return kv_pool
 
 
 def refuse_hybrid_linear(original, self, **kwargs):

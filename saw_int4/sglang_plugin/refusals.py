@@ -79,6 +79,7 @@ def check(server_args, options: Options) -> None:
     check_backends(server_args)
     check_model(server_args, options)
     check_kernels(view.device)
+    check_prefill_graph(view.cuda_graph_config)
 
 
 def check_dtype(server_args) -> None:
@@ -100,6 +101,15 @@ def check_environment() -> None:
     for name in ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_USE_HND_KVCACHE"):
         if getattr(envs, name).get():
             raise ValueError(f"--kv-cache-dtype int4: {name} is set, which lays KV out differently. Unset it.")
+
+
+def check_prefill_graph(config) -> None:
+    """ValueError for prefill graphs that capture attention: its plan reads lengths on the host."""
+    if config.prefill.backend not in ("disabled", "breakable"):
+        raise ValueError(
+            f"--kv-cache-dtype int4: the prefill CUDA graph is {config.prefill.backend!r}, expected breakable or "
+            "disabled. Way out: --cuda-graph-backend-prefill breakable."
+        )
 
 
 def check_backends(server_args) -> None:

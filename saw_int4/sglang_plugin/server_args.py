@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from typing import get_type_hints
 
 from saw_int4 import env
@@ -81,9 +82,23 @@ def _accept_or_refuse(server_args, previous) -> None:
         for note in notes:
             logger.warning("saw_int4: %s", note)
         refusals.check(server_args, options)
+        if options.calibration == "auto":
+            options = _calibrated(server_args, options)
+            refusals.check_model(server_args, options)
         env.publish(options)
         setattr(server_args, FINGERPRINT_ATTRIBUTE, options.fingerprint)
     previous(server_args)
+
+
+def _calibrated(server_args, options: env.Options) -> env.Options:
+    """The options with the model's own artifact. ValueError when it cannot be made."""
+    from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
+
+    from saw_int4.calibration.automatic import artifact_for
+
+    order = options.kv_format(model_config_of(server_args).head_dim).rotation_order
+    path = artifact_for(server_args.model_path, order, resolved_view(server_args).device)
+    return replace(options, calibration=str(path))
 
 
 def _recheck(server_args, previous) -> None:

@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from saw_int4 import env, ops
 from saw_int4.format import PARAM_BYTES, row_bytes
-from saw_int4.sglang_plugin.pool import Int4KVPool, pools_of
+from saw_int4.sglang_plugin.pool import Int4KVPool, locate, name_layers, pools_of
 
 pytestmark = pytest.mark.both_versions
 
@@ -130,3 +130,36 @@ def test_a_pool_it_cannot_be_is_refused(pool, wrong):
             enable_memory_saver=False,
             **wrong,
         )
+
+
+def test_sliding_window_pool(monkeypatch):
+    """Rows of a layer lie in its own part, at the slots of that part; the parts know their layers of the model."""
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    monkeypatch.setenv(env.RESOLVED, env.Options().to_json())
+    kv_pool = SWAKVPool(
+        size=SIZE,
+        size_swa=32,
+        page_size=16,
+        dtype=torch.uint4,
+        head_num=HEADS,
+        head_dim=DIM,
+        swa_attention_layer_ids=[1, 2, 4],
+        full_attention_layer_ids=[0, 3],
+        device="cpu",
+        token_to_kv_pool_class=Int4KVPool,
+    )
+    name_layers(kv_pool)
+    full, swa = pools_of(kv_pool)
+    assert (full.layer_ids, swa.layer_ids) == ([0, 3], [1, 2, 4])
+    assert locate(kv_pool, 4) == (swa, 2, True)
+    assert locate(kv_pool, 3) == (full, 1, False)
+
+    k, v = torch.randn(2, 5, HEADS, DIM, dtype=torch.bfloat16)
+    slots, swa_slots = torch.tensor([60, 61, 70, 2, 9]), torch.tensor([30, 31, 3, 2, 9])
+    for layer, own_slots, own in ((4, swa_slots, swa.k_buffer[2]), (3, slots, full.k_buffer[1])):
+        expected = torch.zeros(2, *own.shape, dtype=torch.uint8)
+        ops.append_kv(k, v, *expected, own_slots, rotation_order=DIM)
+        kv_pool.set_kv_buffer(SimpleNamespace(layer_id=layer), KVWriteLoc(slots, swa_slots), k, v)
+        assert torch.equal(kv_pool.get_key_buffer(layer).view(torch.uint8), expected[0])
+        assert torch.equal(own, expected[0])

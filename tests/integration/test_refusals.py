@@ -68,19 +68,27 @@ def test_arguments(model, arguments, said):
         start(model, **arguments)
 
 
-@pytest.mark.parametrize("field", [
-    "enable_lmcache", "enable_flexkv", "enable_unified_memory", "enable_page_major_kv_layout", "enable_hisparse",
-    "disaggregation_mode", "dcp_size", "attn_cp_size", "enable_pdmux", "dllm_algorithm",
-])  # fmt: skip
-def test_every_refused_field_exists(field):
+def test_every_refused_field_exists():
     """A refusal that reads a field SGLang no longer has would refuse nothing."""
     import msgspec
 
+    from saw_int4.sglang_plugin.names import sglang_version
     from saw_int4.sglang_plugin.refusals import REFUSALS
 
-    fields = {f.name for f in msgspec.structs.fields(ServerArgs)}
-    assert field in fields
-    assert field in {refusal.field for refusal in REFUSALS}
+    fields = {field.name for field in msgspec.structs.fields(ServerArgs)}
+    unknown = {refusal.field for refusal in REFUSALS} - fields
+    assert unknown == ({"enable_kv_cache_sharding"} if sglang_version() == "0.5.21" else set())
+
+
+def test_prefill_graph():
+    from types import SimpleNamespace
+
+    from saw_int4.sglang_plugin.refusals import check_prefill_graph
+
+    for backend in ("disabled", "breakable"):
+        check_prefill_graph(SimpleNamespace(prefill=SimpleNamespace(backend=backend)))
+    with pytest.raises(ValueError, match="expected breakable or disabled"):
+        check_prefill_graph(SimpleNamespace(prefill=SimpleNamespace(backend="full")))
 
 
 @pytest.mark.parametrize(

@@ -34,21 +34,21 @@ float element(uint32_t pair, int half) {
   return kElement == Element::kHalf ? half_to_float(bits) : bf16_to_float(bits);
 }
 
-using Floats [[gnu::vector_size(32)]] = float;  // one per column of B
-using Ints [[gnu::vector_size(32)]] = int32_t;
+using Floats [[gnu::vector_size(16)]] = float;  // four columns of B
+using Ints [[gnu::vector_size(16)]] = int32_t;
 
 inline Ints magnitude(const Floats& x) {
   return std::bit_cast<Ints>(x) & 0x7fffffff;
 }
 
-// sum + a[0] b[0] + ... + a[7] b[7] for one row of A and all columns of B.
+// sum + a[0] b[0] + ... + a[7] b[7] for one row of A and four columns of B, whose rows are two Floats apart.
 inline Floats add_products(const Floats& sum, const float* a, const Floats* b) {
   constexpr int kFloor = 27 << 23;  // 2^-100: what is aligned to less is cut off, and the powers below stay normal
   Floats terms[9];
   terms[8] = sum;
   Ints largest = magnitude(sum);
   for (int k = 0; k < 8; ++k) {
-    terms[k] = a[k] * b[k];  // exact: 11 by 11 bits
+    terms[k] = a[k] * b[2 * k];  // exact: 11 by 11 bits
     largest = magnitude(terms[k]) > largest ? magnitude(terms[k]) : largest;
   }
   Ints exponent = largest & 0x7f800000;
@@ -82,14 +82,17 @@ void mma_m16n8k16(const MmaOperands* in, MmaResult* out) {
     }
     for (int i = 0; i < 4; ++i) c[group + 8 * (i >> 1)][2 * member + (i & 1)] = in[lane].c[i];
   }
-  Floats columns[16];
+  Floats columns[16][2], sums[16][2];
   std::memcpy(columns, b, sizeof b);
+  std::memcpy(sums, c, sizeof c);
   for (int row = 0; row < 16; ++row) {
-    Floats sum;
-    std::memcpy(&sum, c[row], sizeof sum);
-    for (int k = 0; k < 16; k += 8) sum = add_products(sum, a[row] + k, columns + k);
-    std::memcpy(c[row], &sum, sizeof sum);
+    for (int half = 0; half < 2; ++half) {
+      for (int k = 0; k < 16; k += 8) {
+        sums[row][half] = add_products(sums[row][half], a[row] + k, &columns[k][half]);
+      }
+    }
   }
+  std::memcpy(c, sums, sizeof c);
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) out[lane].d[i] = c[lane / 4 + 8 * (i >> 1)][2 * (lane % 4) + (i & 1)];
   }

@@ -1,5 +1,7 @@
 #include "emulator/shared_memory.h"
 
+#include <cstring>
+
 namespace saw_int4::emulator {
 
 void SharedMemory::reset(uint32_t bytes) {
@@ -22,13 +24,12 @@ uint32_t SharedMemory::checked_offset(const char* verb, uint32_t address, uint32
 template <class Fn>
 void SharedMemory::update(uint32_t offset, uint32_t bytes, Fn fn) {
   Byte* history = history_.data() + offset;
-  Byte before = history[0];
+  const bool alike = std::memcmp(history, history + 1, (bytes - 1) * sizeof(Byte)) == 0;
   fn(history[0], offset);
   for (uint32_t i = 1; i < bytes; ++i) {
-    if (history[i] == before) {
-      history[i] = history[i - 1];
+    if (alike) {
+      history[i] = history[0];
     } else {
-      before = history[i];
       fn(history[i], offset + i);
     }
   }

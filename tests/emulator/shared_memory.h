@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "emulator/clocks.h"
@@ -32,10 +31,9 @@ class SharedMemory {
   struct Byte {
     State state = State::kNeverWritten;
     Stamp writer, reader, other_reader;
-    bool operator==(const Byte& other) const { return std::memcmp(this, &other, sizeof(Byte)) == 0; }
   };
 
-  // Applies fn to the history of each byte; runs of equal history are computed once.
+  // Applies fn to the history of each byte, once for all where they are alike.
   template <class Fn>
   void update(uint32_t offset, uint32_t bytes, Fn fn);
   uint32_t checked_offset(const char* verb, uint32_t address, uint32_t bytes, const Site& site) const;

@@ -1,0 +1,118 @@
+"""What only the emulator can ask of the kernels: any order of blocks, several in flight, and what they touch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from saw_int4 import reference
+from saw_int4.testing.cases import DecodeCase, adversarial_rows, key_vectors, make_decode
+from saw_int4.testing.compare import assert_equal
+
+# More tiles than blocks for some requests, so that runs are shared and merged by whichever block is last.
+CASE = DecodeCase(head_dim=64, num_q_heads=6, num_kv_heads=2, seq_lens=(300, 1, 130), q_lens=(1, 1, 1), rotate_v=True)
+SCHEDULES = [
+    dict(order="descending"),
+    *(dict(order="shuffled", seed=seed) for seed in range(3)),
+    *(dict(order="shuffled", resident_blocks=n, seed=n) for n in (2, 4, 64)),
+]
+
+
+def decode(engine, inputs, **schedule):
+    """(out, lse) under a block schedule."""
+    lse = torch.full(inputs.q.shape[:2], float("nan"))
+    engine.configure(**schedule)
+    try:
+        out = engine.decode_attention(*inputs.positional(), page_size=inputs.page_size, lse=lse, **inputs.options)
+    finally:
+        engine.configure()
+    return out, lse
+
+
+@pytest.mark.parametrize("sm_count", [1, 3, 16])
+def test_decode_gives_the_same_bits_in_any_block_order(emulated, sm_count):
+    inputs = make_decode(CASE)
+    expected, expected_lse = decode(emulated, inputs, sm_count=sm_count)
+    oracle, oracle_lse = reference.decode_attention(*inputs.positional(), **inputs.options)
+    assert (expected.double() - oracle).abs().max() < 0.02 and (expected_lse.double() - oracle_lse).abs().max() < 0.01
+    for schedule in SCHEDULES:
+        out, lse = decode(emulated, inputs, sm_count=sm_count, **schedule)
+        assert_equal(out, expected, f"out with {schedule}")
+        assert_equal(lse, expected_lse, f"lse with {schedule}")
+
+
+def test_decode_leaves_its_counters_at_zero(emulated):
+    inputs = make_decode(CASE)
+    rows, heads, _ = inputs.q.shape
+    workspace = torch.zeros(1 << 20, dtype=torch.uint8)
+    for _ in range(2):
+        emulated.decode_attention(*inputs.positional(), page_size=1, workspace=workspace, **inputs.options)
+        counters = workspace[-4 * rows * heads :].view(torch.int32)
+        assert counters.tolist() == [0] * (rows * heads)
+        assert workspace.any(), "nothing was shared between blocks: the case tests nothing"
+        workspace[: -4 * rows * heads] = 0xFF
+
+
+@pytest.mark.parametrize("bad", [-1, 10**6])
+def test_decode_stops_at_a_slot_outside_the_cache(emulated, bad):
+    inputs = make_decode(CASE)
+    inputs.slot_table[inputs.table_rows[2], 77] = bad
+    with pytest.raises(RuntimeError, match=r"saw_int4_decode_kernel, block \d+, thread .*pipeline.cuh:\d+: trap"):
+        decode(emulated, inputs)
+
+
+def test_a_slot_in_no_row_is_never_read(emulated):
+    """make_decode fills unused table entries with 2^31 - 1; the kernel must not even look at the rows they name."""
+    inputs = make_decode(replace(CASE, seq_lens=(31, 33, 64), q_lens=(1, 1, 1)))
+    assert (inputs.slot_table == 2**31 - 1).any()
+    decode(emulated, inputs)
+
+
+def append_inputs(head_dim, heads=3, tokens=9, slots=12):
+    x = adversarial_rows(tokens, heads, head_dim, torch.bfloat16)
+    caches = [torch.full((slots, heads, head_dim // 2 + 4), 0xEE, dtype=torch.uint8) for _ in range(2)]
+    return x, x.flip(0).contiguous(), *caches
+
+
+def test_append_stops_at_a_slot_past_the_cache(emulated):
+    k, v, k_cache, v_cache = append_inputs(64)
+    with pytest.raises(RuntimeError, match=r"saw_int4_append_kernel, block 0, thread .*append_kernel.cuh:\d+: trap"):
+        emulated.append_kv(k, v, k_cache, v_cache, torch.arange(9) + 4, rotation_order=64)
+
+
+def test_gather_stops_at_a_slot_outside_the_cache(emulated):
+    *_, k_cache, v_cache = append_inputs(64)
+    out = torch.empty(2, 2, 3, 64, dtype=torch.bfloat16)
+    for bad in (-1, 12):
+        with pytest.raises(
+            RuntimeError, match=r"saw_int4_gather_kernel, block 0, thread .*gather_kernel.cuh:\d+: trap"
+        ):
+            emulated.gather_kv(k_cache, v_cache, torch.tensor([0, bad], dtype=torch.int32), out[0], out[1])
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 192, 256])
+def test_append_reads_only_its_rows_of_a_fused_projection(emulated, head_dim):
+    """K and V as slices of one qkv buffer: what lies between their rows is not registered, so not to be touched."""
+    heads, tokens = 2, 5
+    fused = adversarial_rows(tokens, 4 * heads, head_dim, torch.float16)
+    k, v = fused[:, 2 * heads : 3 * heads], fused[:, 3 * heads :]
+    vectors = key_vectors(heads, head_dim)
+    options = dict(rotation_order=16, k_mean=vectors["mean"], k_inv_scale=vectors["inv_scale"], k_sign=vectors["sign"])
+    slots = torch.tensor([3, 0, -1, 6, 2])
+    actual, expected = (torch.full((2, 7, heads, head_dim // 2 + 4), 0xEE, dtype=torch.uint8) for _ in range(2))
+    emulated.append_kv(k, v, actual[0], actual[1], slots, **options)
+    reference.append_kv(k, v, expected[0], expected[1], slots, **options)
+    assert_equal(actual, expected)
+
+
+def test_transform_in_place(emulated):
+    x = adversarial_rows(9, 4, 128, torch.bfloat16)
+    expected = emulated.transform_rows(x, rotation_order=128)
+    assert_equal(emulated.transform_rows(x, rotation_order=128, out=x), expected)
+
+
+@pytest.mark.parametrize("head_dim", [48, 512])
+def test_head_dims_without_a_kernel_are_refused(emulated, head_dim):
+    k, v, k_cache, v_cache = append_inputs(head_dim)
+    with pytest.raises(RuntimeError, match=f"append_kv: head_dim is {head_dim}, the CUDA kernels are built for 64, 80"):
+        emulated.append_kv(k, v, k_cache, v_cache, torch.arange(9), rotation_order=1)

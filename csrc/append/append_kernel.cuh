@@ -1,8 +1,8 @@
 // K and V of T new tokens -> INT4 rows at their slots: t = sign * H_R((x - mu) / s), then 4-bit codes and their
 // fitted scale and offset, byte for byte as format.h states and csrc/cpu computes it (nothing is contracted).
 //
-// 8 lanes per (token, head), K and V of it together: lane i loads words i, i + 8, ... of both rows (16 bytes each, all
-// in flight before the first use) and stores the same words of codes. Hadamard strides 1, 2, 4 lie in a lane, 8 to 32
+// 8 lanes per row of one (token, head): lane i loads words i, i + 8, ... of it (16 bytes each, all in flight before the
+// first use) and stores the same words of codes. Hadamard strides 1, 2, 4 lie in a lane, 8 to 32
 // across lanes, 64 and 128 in a lane again; minimum and maximum take 3 shuffles each.
 //
 // Bound: HBM. A head_dim 256 row of K and V moves 2 * (512 + 132) bytes, 95 cycles of an H100 SM's share = 380 issue
@@ -132,63 +132,70 @@ SAW_INT4_DEVICE void quantize_row(const float (&t)[words_per_lane(D)][8], uint8_
   }
 }
 
+// Blocks per SM that the registers allow without spilling.
+constexpr int append_blocks_per_sm(int head_dim, DType dtype) {
+  return dtype == DType::kFloat32 ? 2 : head_dim <= 128 ? 4 : 3;
+}
+
+// The first half of the grid does K, the second half V.
 template <int D, DType kType>
-SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, 2) saw_int4_append_kernel(const AppendParams p) {
+SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, append_blocks_per_sm(D, kType))
+    saw_int4_append_kernel(const AppendParams p) {
   constexpr int kWords = words_per_lane(D), kRowWords = D / kCodesPerWord;
+  const int blocks_per_tensor = dev::block_count() / 2;
+  const bool is_v = dev::block_index() >= blocks_per_tensor;
   const int lane = dev::lane_id() % kLanesPerRow;
-  const uint32_t pair = static_cast<uint32_t>(dev::block_index()) * kAppendRows + dev::thread_index() / kLanesPerRow;
+  const uint32_t block = dev::block_index() - (is_v ? blocks_per_tensor : 0);
+  const uint32_t pair = block * kAppendRows + dev::thread_index() / kLanesPerRow;
   const uint32_t token = pair / p.num_kv_heads, head = pair - token * p.num_kv_heads;
   const int64_t slot = token < p.num_tokens ? dev::ld_global(p.slots + token) : -1;
   if (slot >= p.num_slots) dev::trap();
   const bool active = slot >= 0;
 
-  Channels<kType> raw[2][kWords];
+  const void* x = is_v ? p.v : p.k;
+  const int64_t from = token * (is_v ? p.v_token_stride : p.k_token_stride) + head * D;
+  Channels<kType> raw[kWords];
   SAW_INT4_UNROLL
   for (int k = 0; k < kWords; ++k) {
     const int index = kLanesPerRow * k + lane;
-    SAW_INT4_UNROLL
-    for (int tensor = 0; tensor < 2; ++tensor) raw[tensor][k] = {};
-    if (!active || index >= kRowWords) continue;
-    raw[0][k].load(p.k, token * p.k_token_stride + head * D + index * 8);
-    raw[1][k].load(p.v, token * p.v_token_stride + head * D + index * 8);
+    raw[k] = {};
+    if (active && index < kRowWords) raw[k].load(x, from + index * 8);
   }
 
   const TransformParams& tr = p.transform;
-  const int64_t row = (slot * p.num_kv_heads + head) * row_bytes(D);
+  const bool calibrated = !is_v && tr.k_mean != nullptr;
+  float t[kWords][8];
   SAW_INT4_UNROLL
-  for (int tensor = 0; tensor < 2; ++tensor) {
-    float t[kWords][8];
+  for (int k = 0; k < kWords; ++k) {
+    raw[k].widen(t[k]);
+    const int index = kLanesPerRow * k + lane;
+    if (!calibrated || index >= kRowWords) continue;
+    float mean[8], inv_scale[8];
+    load_channels<DType::kFloat32>(tr.k_mean, head * D + index * 8, mean);
+    load_channels<DType::kFloat32>(tr.k_inv_scale, head * D + index * 8, inv_scale);
     SAW_INT4_UNROLL
-    for (int k = 0; k < kWords; ++k) {
-      raw[tensor][k].widen(t[k]);
-      const int index = kLanesPerRow * k + lane;
-      if (tensor == 1 || tr.k_mean == nullptr || index >= kRowWords) continue;
-      float mean[8], inv_scale[8];
-      load_channels<DType::kFloat32>(tr.k_mean, head * D + index * 8, mean);
-      load_channels<DType::kFloat32>(tr.k_inv_scale, head * D + index * 8, inv_scale);
-      SAW_INT4_UNROLL
-      for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(dev::sub_rn(t[k][i], mean[i]), inv_scale[i]);
-    }
-    if (tr.rotation_order > 1 && (tensor == 0 || tr.rotate_v)) {
-      hadamard_row<kWords>(t, tr.rotation_order);
-      const float norm = hadamard_norm(tr.rotation_order);
-      SAW_INT4_UNROLL
-      for (int k = 0; k < kWords; ++k) {
-        SAW_INT4_UNROLL
-        for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], norm);
-      }
-    }
-    SAW_INT4_UNROLL
-    for (int k = 0; k < kWords; ++k) {
-      const int index = kLanesPerRow * k + lane;
-      if (tensor == 1 || tr.k_sign == nullptr || index >= kRowWords) continue;
-      float sign[8];
-      load_channels<DType::kFloat32>(tr.k_sign, head * D + index * 8, sign);
-      SAW_INT4_UNROLL
-      for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], sign[i]);
-    }
-    quantize_row<D>(t, (tensor == 0 ? p.k_cache : p.v_cache) + (active ? row : 0), active);
+    for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(dev::sub_rn(t[k][i], mean[i]), inv_scale[i]);
   }
+  if (tr.rotation_order > 1 && (!is_v || tr.rotate_v)) {
+    hadamard_row<kWords>(t, tr.rotation_order);
+    const float norm = hadamard_norm(tr.rotation_order);
+    SAW_INT4_UNROLL
+    for (int k = 0; k < kWords; ++k) {
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], norm);
+    }
+  }
+  SAW_INT4_UNROLL
+  for (int k = 0; k < kWords; ++k) {
+    const int index = kLanesPerRow * k + lane;
+    if (!calibrated || index >= kRowWords) continue;
+    float sign[8];
+    load_channels<DType::kFloat32>(tr.k_sign, head * D + index * 8, sign);
+    SAW_INT4_UNROLL
+    for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], sign[i]);
+  }
+  const int64_t row = active ? (slot * p.num_kv_heads + head) * row_bytes(D) : 0;
+  quantize_row<D>(t, (is_v ? p.v_cache : p.k_cache) + row, active);
 }
 
 }  // namespace saw_int4

@@ -17,7 +17,7 @@ inline constexpr int kRowsPerTile = 8;     // query rows of one MMA
 inline constexpr int kTokensPerWarp = 32;  // tokens a warp takes from each tile
 inline constexpr int kMaxWarps = 8;
 inline constexpr int kMaxStages = 4;
-inline constexpr int kDecodeScratchBytes = 144;       // of a block, for the walk along its work
+inline constexpr int kDecodeScratchBytes = 96;        // of a block, for the walk along its work
 inline constexpr int64_t kMaxMergeBytes = 96 * 1024;  // of partial results that one block may have to read
 
 // Query-row tiles the kernel is compiled for, by head_dim: 8, 16 or 32 rows per pass over the keys.
@@ -60,7 +60,10 @@ struct DecodePlan {
   int heads_per_block = 0;   // KV heads; divides warps and num_kv_heads
   int head_groups = 0;       // num_kv_heads / heads_per_block
   int ways = 0;              // warps that share a KV head, each with other tokens
-  int tile_tokens = 0;       // ways * kTokensPerWarp
+  int tile_tokens = 0;       // ways * kTokensPerWarp, a power of two
+  int tile_shift = 0;        // its logarithm
+  int group = 0;             // query heads per KV head
+  uint32_t group_magic = 0;  // mul_hi(i, group_magic) == i / group for i < 2^16 and group > 1
   int rows_per_head = 0;     // query rows of a KV head and pass that may be in use
   int stages = 0;            // tiles in shared memory
   int chunk_bytes = 0;       // of one cp.async: 16, 8 or 4
@@ -76,6 +79,11 @@ struct DecodePlan {
   int64_t piece_floats = 0;  // of the workspace, per piece
 };
 
+// mul_hi(i, reciprocal(d)) == i / d for i, d < 2^16, d > 1.
+constexpr uint32_t reciprocal(int d) {
+  return static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d);
+}
+
 // Fills in what follows from heads_per_block, warps and stages.
 inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   const int row = row_bytes(shape.head_dim);
@@ -86,14 +94,16 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   for (int first = 0; first < shape.num_kv_heads; first += plan.heads_per_block)
     window = std::max(window, first * row % plan.chunk_bytes + run);
   plan.chunks_per_token = (window + plan.chunk_bytes - 1) / plan.chunk_bytes;
-  plan.chunk_magic = static_cast<uint32_t>(((uint64_t{1} << 32) + plan.chunks_per_token - 1) / plan.chunks_per_token);
+  plan.chunk_magic = reciprocal(plan.chunks_per_token);
   plan.token_stride = (plan.chunks_per_token * plan.chunk_bytes + 15) / 16 * 16;
   if (plan.token_stride % 32 == 0) plan.token_stride += 16;
   plan.head_groups = shape.num_kv_heads / plan.heads_per_block;
   plan.ways = plan.warps / plan.heads_per_block;
   plan.tile_tokens = plan.ways * kTokensPerWarp;
-  const int group = shape.num_q_heads / shape.num_kv_heads;
-  plan.rows_per_head = std::min(group * shape.max_q_len, kRowsPerTile * plan.row_tiles);
+  for (plan.tile_shift = 0; (1 << plan.tile_shift) < plan.tile_tokens;) ++plan.tile_shift;
+  plan.group = shape.num_q_heads / shape.num_kv_heads;
+  plan.group_magic = reciprocal(plan.group);
+  plan.rows_per_head = std::min(plan.group * shape.max_q_len, kRowsPerTile * plan.row_tiles);
   plan.stage_bytes = 2 * plan.tile_tokens * plan.token_stride;
   // The stages double as the place where the warps of a block merge one row tile.
   const int merge_bytes = plan.warps * kRowsPerTile * ((shape.head_dim + 4) * 4 + 8);

@@ -8,6 +8,7 @@
 #include "common/dispatch.h"
 #include "common/launch.h"
 #include "decode/config.h"
+#include "decode/schedule.h"
 
 namespace saw_int4 {
 
@@ -21,6 +22,11 @@ inline void check_decode(const DecodeParams& p, const DecodePlan& plan) {
   check_row_alignment(p.q, p.q_token_stride, p.dtype, "decode_attention", "q");
   if (reinterpret_cast<uintptr_t>(p.k_cache) % 16 != 0 || reinterpret_cast<uintptr_t>(p.v_cache) % 16 != 0)
     fail("k_cache or v_cache does not start at a multiple of 16 bytes; pass the whole pool tensor");
+  const int passes = row_passes(p.max_q_len, plan.group, kRowsPerTile * plan.row_tiles);
+  const int64_t units = ((p.table_stride >> plan.tile_shift) + 1) * p.num_requests * plan.head_groups * passes;
+  if (units > INT32_MAX || p.max_q_len * plan.group > UINT16_MAX)
+    fail(std::to_string(p.num_requests) + " requests of " + std::to_string(p.max_q_len) + " query rows and " +
+         std::to_string(p.table_stride) + " tokens are more than one launch can count; call it with fewer requests");
   const int64_t needed = 2 * plan.blocks * plan.piece_floats * 4 + p.num_query_rows * p.num_q_heads * 4;
   if (p.workspace == nullptr || p.workspace_bytes < needed || p.workspace_bytes % 4 != 0)
     fail("workspace has " + std::to_string(p.workspace_bytes) + " bytes, expected at least " + std::to_string(needed) +

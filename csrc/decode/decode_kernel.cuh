@@ -293,7 +293,7 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
   dev::block_sync();
   for (int i = 0; i < stages - 1; ++i) {
     if (piece.tile_begin + i < piece.tile_end)
-      copy_tile(p, plan, source, slots + i * tile_tokens * 4, base + i * plan.stage_bytes);
+      copy_tile<1>(p, plan, source, slots + i * tile_tokens * 4, base + i * plan.stage_bytes);
     dev::cp_async_commit();
   }
 
@@ -334,7 +334,7 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
     const int before = stage == 0 ? stages - 1 : stage - 1;  // the tile that everybody has left
     const int ahead = tile + stages - 1;
     if (ahead < piece.tile_end)
-      copy_tile(p, plan, source, slots + before * tile_tokens * 4, base + before * plan.stage_bytes);
+      copy_tile<4>(p, plan, source, slots + before * tile_tokens * 4, base + before * plan.stage_bytes);
     dev::cp_async_commit();
     if (has_slot) {
       dev::st_shared<int32_t>(slots + (stage * tile_tokens + thread) * 4, checked_slot(next_slot, p.num_slots));
@@ -433,13 +433,13 @@ template <int D, int NT>
 SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * kMaxWarps, blocks_by_registers(D, NT))
     saw_int4_decode_kernel(const DecodeParams p, const DecodePlan plan) {
   const uint32_t scratch = dev::shared_base() + plan.scratch_offset;
-  const Cursor cursor(scratch);
+  const Cursor<NT> cursor(scratch);
   if (!cursor.start(p, plan)) return;
   while (cursor.next(p, plan)) {
     Softmax<D, NT> state;
     reset<D, NT>(state);
-    run_tiles<D, NT>(state, p, plan, cursor.piece(p));
-    const Piece piece = cursor.piece(p);
+    run_tiles<D, NT>(state, p, plan, cursor.piece(plan));
+    const Piece piece = cursor.piece(plan);
     write_piece<D, NT>(state, p, plan, piece);
     if (piece.first_block != piece.last_block) merge_run<D>(p, plan, piece, scratch);
   }

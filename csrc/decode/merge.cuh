@@ -80,7 +80,9 @@ SAW_INT4_DEVICE RowPiece<D> merge_warps(const WarpPieces<D>& pieces, int first_w
   RowPiece<D> sum;
   SAW_INT4_UNROLL
   for (int i = 0; i < N; ++i) sum.o[i] = 0.f;
+  SAW_INT4_UNROLL_BY(1)
   for (int w = 0; w < ways; ++w) sum.m = dev::fmax(sum.m, dev::ld_shared<float2>(pieces.sums(first_warp + w, row)).x);
+  SAW_INT4_UNROLL_BY(2)
   for (int w = 0; w < ways; ++w) {
     const float2 ml = dev::ld_shared<float2>(pieces.sums(first_warp + w, row));
     const float weight = piece_weight(ml.x, sum.m);

@@ -1,10 +1,10 @@
 // How decode divides its work: pure functions of lengths and counts, run by the kernel and by the tests.
 //
 // The work of request b is a sequence of units, one for each (group of KV heads, pass of query rows, tile of tokens),
-// tiles fastest. The units of all requests form one line; of the G blocks that work, block i takes the stretch
-// [block_begin(i), block_begin(i + 1)). Stretches differ by at most one unit whatever the lengths are, and follow from
-// seq_lens alone, so that a captured launch is balanced at every replay. A run of tiles that several blocks share
-// (a "piece" each) is merged by the last of them to finish.
+// tiles fastest. The units of all requests form one line; of the blocks that work, each takes one stretch. Stretches
+// differ by at most one unit whatever the lengths are, and follow from seq_lens alone, so that a captured launch is
+// balanced at every replay. A run of tiles that several blocks share (a "piece" each) is merged by the last of them to
+// finish.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,9 @@
 
 namespace saw_int4 {
 
+// Everything is 32 bits wide and tiles are powers of two: this arithmetic runs at the start of every block, and 64-bit
+// divisions were half of the kernel's instructions. The host refuses launches that could have 2^31 units.
+
 // The tiles that the query rows of one request see: [first_tile, first_tile + tiles), never empty, so that some block
 // writes the output of a request of length 0 too.
 struct TileRange {
@@ -20,12 +23,13 @@ struct TileRange {
   int tiles;
 };
 
-// seq_len: tokens, the q_len new ones included. window: as in DecodeParams.
-SAW_INT4_HD constexpr TileRange tile_range(int64_t seq_len, int q_len, int64_t window, int tile_tokens) {
-  int64_t first = 0;
-  if (window >= 0 && seq_len - q_len > window) first = (seq_len - q_len - window) / tile_tokens;
-  const int64_t end = (seq_len + tile_tokens - 1) / tile_tokens;
-  return {static_cast<int>(first), static_cast<int>(end > first ? end - first : 1)};
+// seq_len: tokens, the q_len new ones included. window: as in DecodeParams. Tiles have 2^tile_shift tokens.
+SAW_INT4_HD constexpr TileRange tile_range(int seq_len, int q_len, int64_t window, int tile_shift) {
+  const int first_position = seq_len - q_len;
+  const int first =
+      window >= 0 && first_position > window ? (first_position - static_cast<int>(window)) >> tile_shift : 0;
+  const int end = (seq_len >> tile_shift) + ((seq_len & ((1 << tile_shift) - 1)) != 0 ? 1 : 0);
+  return {first, end > first ? end - first : 1};
 }
 
 // Passes over the keys that the query rows of one KV head need.
@@ -34,30 +38,34 @@ SAW_INT4_HD constexpr int row_passes(int q_len, int group, int rows_per_pass) {
 }
 
 // Units of a request; 0 when it has no query rows.
-SAW_INT4_HD constexpr int64_t request_units(int64_t seq_len, int q_len, int64_t window, int tile_tokens, int group,
-                                            int rows_per_pass, int head_groups) {
+SAW_INT4_HD constexpr int request_units(int seq_len, int q_len, int64_t window, int tile_shift, int group,
+                                        int rows_per_pass, int head_groups) {
   if (q_len == 0) return 0;
-  return static_cast<int64_t>(tile_range(seq_len, q_len, window, tile_tokens).tiles) *
-         row_passes(q_len, group, rows_per_pass) * head_groups;
+  return tile_range(seq_len, q_len, window, tile_shift).tiles * row_passes(q_len, group, rows_per_pass) * head_groups;
 }
 
-// Blocks that get work: no stretch between two others is empty, so a run's blocks are counted by their indices.
-SAW_INT4_HD constexpr int working_blocks(int64_t total_units, int blocks) {
-  return total_units < blocks ? static_cast<int>(total_units) : blocks;
-}
+// The line of all units, cut into one stretch per working block; the first `longer` have one unit more. Blocks work
+// only as far as there are units, so that no stretch is empty and the blocks of a run are counted by their indices.
+struct Stretches {
+  int blocks, units, longer;
 
-// First unit of a block, and the block that owns a unit.
-SAW_INT4_HD constexpr int64_t block_begin(int64_t total_units, int block, int blocks) {
-  return total_units * block / blocks;
-}
-SAW_INT4_HD constexpr int block_of_unit(int64_t total_units, int64_t unit, int blocks) {
-  return static_cast<int>(((unit + 1) * blocks - 1) / total_units);
-}
+  SAW_INT4_HD constexpr Stretches(int total_units, int grid_blocks)
+      : blocks(total_units < grid_blocks ? total_units : grid_blocks),
+        units(blocks == 0 ? 0 : total_units / blocks),
+        longer(total_units - units * blocks) {}
 
-// Where block writes its piece of the run that starts at unit run_begin. A block has at most two pieces that others
-// share: the one it starts with and the one it ends with.
-SAW_INT4_HD constexpr int piece_slot(int64_t total_units, int64_t run_begin, int block, int blocks) {
-  return 2 * block + (block_begin(total_units, block, blocks) >= run_begin ? 0 : 1);
-}
+  // First unit of a block, and the block that owns a unit.
+  SAW_INT4_HD constexpr int begin(int block) const { return block * units + (block < longer ? block : longer); }
+  SAW_INT4_HD constexpr int block_of(int unit) const {
+    const int in_longer = longer * (units + 1);
+    return unit < in_longer ? unit / (units + 1) : longer + (unit - in_longer) / units;
+  }
+
+  // Where a block writes its piece of the run that starts at unit run_begin. A block has at most two pieces that others
+  // share: the one it starts with and the one it ends with.
+  SAW_INT4_HD constexpr int slot(int run_begin, int block) const {
+    return 2 * block + (begin(block) >= run_begin ? 0 : 1);
+  }
+};
 
 }  // namespace saw_int4

@@ -20,7 +20,7 @@ import pytest
 from conftest import POOL_TOKENS
 from server import Server, output_logprobs
 
-CLIENTS, REQUESTS, DISTINCT = 16, 200, 40
+CLIENTS, REQUESTS, DISTINCT = 16, 200, 16
 
 
 @dataclass
@@ -44,7 +44,7 @@ def load(text_ids) -> Load:
         )
     return Load(
         prompts=[random.choice(distinct) for _ in range(REQUESTS)],
-        lengths=[random.randint(8, 40) for _ in range(REQUESTS)],
+        lengths=[random.randint(8, 32) for _ in range(REQUESTS)],
         leaves=[random.random() < 0.1 for _ in range(REQUESTS)],
     )
 
@@ -108,7 +108,7 @@ def agreement(load: Load, answers, single) -> Agreement:
 def ordinary(bf16_server, load) -> Agreement:
     """BF16 under the same load."""
     single = alone(bf16_server, load)
-    return agreement(load, first_tokens(bf16_server, load, 80, CLIENTS), single)
+    return agreement(load, first_tokens(bf16_server, load, 64, CLIENTS), single)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@
 #include "format.h"
 #include "params.h"
 
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside GCC's own _mm512_undefined_*()
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // both: inside GCC's own _mm512_undefined_*()
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #define SAW_INT4_AVX512
 #define SAW_INT4_ISA avx512

@@ -141,27 +141,43 @@ SAW_INT4_INLINE float from_half(uint16_t h) {
   return from_half(H{h})[0];
 }
 
-// Reductions over the lanes, in lane order.
-SAW_INT4_INLINE float lane_sum(F v) {
-  float s = v[0];
-  for (int l = 1; l < N; ++l) s += v[l];
-  return s;
+// Lanes exchanged with those kStride away.
+template <int kStride, typename V, int... kLane>
+SAW_INT4_INLINE V swap_lanes(V v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kStride)...);
 }
-SAW_INT4_INLINE float lane_max(F v) {
-  float m = v[0];
-  for (int l = 1; l < N; ++l) m = v[l] > m ? v[l] : m;
-  return m;
-}
-SAW_INT4_INLINE float lane_min(F v) {
-  float m = v[0];
-  for (int l = 1; l < N; ++l) m = v[l] < m ? v[l] : m;
-  return m;
+template <int kStride, typename V>
+SAW_INT4_INLINE V swap_lanes(V v) {
+  return swap_lanes<kStride>(v, std::make_integer_sequence<int, N>{});
 }
 
+// Reductions over the lanes, in a fixed order: halves, quarters, and so on.
+SAW_INT4_INLINE float lane_sum(F v) {
+  if constexpr (N > 8) v += swap_lanes<8>(v);
+  if constexpr (N > 4) v += swap_lanes<4>(v);
+  v += swap_lanes<2>(v);
+  return v[0] + v[1];
+}
+SAW_INT4_INLINE float lane_max(F v) {
+  if constexpr (N > 8) v = max(v, swap_lanes<8>(v));
+  if constexpr (N > 4) v = max(v, swap_lanes<4>(v));
+  v = max(v, swap_lanes<2>(v));
+  return v[0] > v[1] ? v[0] : v[1];
+}
+SAW_INT4_INLINE float lane_min(F v) {
+  if constexpr (N > 8) v = min(v, swap_lanes<8>(v));
+  if constexpr (N > 4) v = min(v, swap_lanes<4>(v));
+  v = min(v, swap_lanes<2>(v));
+  return v[0] < v[1] ? v[0] : v[1];
+}
+// Four lanes' sum must fit 32 bits.
 SAW_INT4_INLINE int64_t lane_sum(I v) {
-  int64_t sum = 0;
-  for (int l = 0; l < N; ++l) sum += v[l];
-  return sum;
+  if constexpr (N > 8) v += swap_lanes<8>(v);
+  if constexpr (N > 4) v += swap_lanes<4>(v);
+  return (int64_t{v[0]} + v[1]) + (int64_t{v[2]} + v[3]);
+}
+SAW_INT4_INLINE bool any_lane(I v) {
+  return lane_sum(v & 1) != 0;
 }
 
 // exp(x) for x <= 0, within 2 ulp; 0 below -87 (also for -inf), NaN for NaN.

@@ -5,7 +5,7 @@ They are read once, in the process that starts a server, and travel to every oth
 
     SAW_INT4_ROTATION                none | k | kv             what is rotated (default k)
     SAW_INT4_ROTATION_ORDER          power of two | head_dim   block of the Hadamard rotation (default head_dim)
-    SAW_INT4_CALIBRATION             none | PATH               artifact of saw-int4 calibrate (default none)
+    SAW_INT4_CALIBRATION             none | auto | PATH        artifact of saw-int4 calibrate (default none)
     SAW_INT4_CPU_PLATFORM            1                         run SGLang on plain CPU (no GPU needed)
     SAW_INT4_ALLOW_UNTESTED_SGLANG   1                         accept an SGLang version that was not tested
 
@@ -41,7 +41,7 @@ class Options:
     Attributes:
         rotation: "none", "k" or "kv".
         order: block of the rotation, or None for the largest that the model's head_dim allows.
-        calibration: path of a calibration artifact, or "none".
+        calibration: path of a calibration artifact, "none", or "auto" until the model is known.
     """
 
     rotation: str = "k"
@@ -77,7 +77,7 @@ class Options:
 
     def load_calibration(self):
         """The ``saw_int4.calibration.artifact.Calibration``, or None. ValueError where the artifact is no good."""
-        if self.calibration == "none":
+        if self.calibration in ("none", "auto"):
             return None
         from saw_int4.calibration import artifact
 
@@ -121,7 +121,7 @@ def resolve(environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]
     rotation = _agree(ROTATION, rotation, "HADAMARD and ROTATE_V", alias_rotation)
     order = _agree(ROTATION_ORDER, order, "HADAMARD_ORDER", alias_order)
     calibration = environ.get(CALIBRATION, "none").strip() or "none"
-    if calibration != "none":
+    if calibration not in ("none", "auto"):
         calibration = str(Path(calibration).resolve())
     rotation = Options.rotation if rotation is None else rotation
     return Options(rotation=rotation, order=order, calibration=calibration), notes

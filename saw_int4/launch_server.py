@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--saw-calibration",
         metavar="PATH",
-        help="artifact of saw-int4 calibrate, or none (default: none)",
+        help="artifact of saw-int4 calibrate; auto: calibrate when a model is first served; none (default: none)",
     )
     return flags
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny_checkpoint
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saw_int4 import cli, reference
-from saw_int4.calibration import artifact, fit
+from saw_int4.calibration import artifact, automatic, fit
 from saw_int4.calibration.attention_hook import AttentionCall
 from saw_int4.calibration.calibrate import calibrate
 from saw_int4.calibration.fingerprint import model_fingerprint
@@ -274,3 +275,16 @@ def test_perplexity_does_not_see_how_a_checkpoint_splits_scale(tmp_path):
     assert split["bf16"] == pytest.approx(plain["bf16"], rel=0.002)
     assert split["calibrated-kv"] == pytest.approx(plain["calibrated-kv"], rel=0.01)
     assert split["bdr-64"] > 1.05 * plain["bdr-64"]  # so the change does bite
+
+
+def test_automatic_calibration_runs_once(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
+    path = automatic.artifact_for(str(checkpoint), 32, "cpu")
+    assert path.is_relative_to(tmp_path)
+    artifact.load(path).check(model=model_fingerprint(checkpoint), rotation_order=32)
+    made = path.stat().st_mtime_ns
+    assert automatic.artifact_for(str(checkpoint), 32, "cpu") == path
+    assert path.stat().st_mtime_ns == made
+    with pytest.raises(ValueError, match="(?s)order is 48.*--saw-calibration none"):
+        automatic.artifact_for(str(checkpoint), 48, "cpu")

@@ -15,7 +15,7 @@ from saw_int4.calibration.attention_hook import AttentionCall, load_model
 from saw_int4.calibration.fingerprint import model_fingerprint
 from saw_int4.calibration.statistics import LayerStatistics
 from saw_int4.calibration.text import BUILTIN
-from saw_int4.format import default_rotation_order
+from saw_int4.format import KVFormat, default_rotation_order
 
 TOKENS = 4096
 
@@ -43,6 +43,7 @@ def calibrate(
 
     def consume(call: AttentionCall, statistics: LayerStatistics) -> None:
         order = rotation_order or default_rotation_order(call.k.shape[-1])
+        KVFormat(call.k.shape[-1], order)  # ValueError where the two do not fit
         layers[call.layer] = fit.fit_layer(statistics, order)
 
     opening = collect.first_tokens(tokenizer, ids)
@@ -110,11 +111,6 @@ def version(package: str) -> str | None:
         return None
 
 
-def default_path(calibration: Calibration) -> Path:
-    """Where the artifact of a model is kept when nobody says: one file per model and rotation order."""
-    manifest = calibration.manifest
-    return cache_folder() / f"{manifest['model']}-r{manifest['rotation_order']}.safetensors"
-
-
-def cache_folder() -> Path:
-    return Path.home() / ".cache" / "saw_int4"
+def path_of(model: str, rotation_order: int) -> Path:
+    """Where an artifact is kept when nobody says: one file per model fingerprint and rotation order."""
+    return Path.home() / ".cache" / "saw_int4" / f"{model}-r{rotation_order}.safetensors"

@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Calibrate, write the artifact, and say what it gained. ValueError where it cannot."""
     from saw_int4.calibration import artifact
-    from saw_int4.calibration.calibrate import calibrate, default_path, describe
+    from saw_int4.calibration.calibrate import calibrate, describe, path_of
 
     text = None if args.text is None else args.text.read_text()
     calibration = calibrate(args.model, text, args.rotation_order, args.tokens, args.device)
-    out = args.out or default_path(calibration)
+    out = args.out or path_of(calibration.manifest["model"], calibration.manifest["rotation_order"])
     artifact.save(calibration, out)
     print(describe(calibration))
     print(

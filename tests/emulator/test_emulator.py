@@ -205,6 +205,66 @@ def test_mma_accumulates_no_better_than_hardware(emulator):
                 assert d[row, column] == truncated_product(c[row, column], a[row], b[:, column]), (row, column)
 
 
+def measured_tiles():
+    """(fragments, whether they are bf16, what an H100 made of them) of h100_mma.txt."""
+    lines = [line for line in (build.HERE / "h100_mma.txt").read_text().splitlines() if not line.startswith("#")]
+    rows = [[int(word, 16) for word in line.split()] for line in lines]
+    return [(rows[i], bf16, rows[i + 1 + bf16]) for i in range(0, len(rows), 3) for bf16 in (False, True)]
+
+
+def unpack(words, bf16):
+    """Fragments of one tile as float64 matrices A, B, C."""
+    lanes = np.array(words, np.uint32).reshape(32, 10)
+    pairs = np.stack([lanes[:, :6] & 0xFFFF, lanes[:, :6] >> 16], -1).reshape(32, 12)
+    halves = (pairs << 16).view(np.float32) if bf16 else pairs.astype(np.uint16).view(np.float16)
+    floats = np.ascontiguousarray(lanes[:, 6:]).view(np.float32)
+    a, b, c = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+    for lane in LANES:
+        for i in range(8):
+            a[a_position(lane, i)] = halves[lane, i]
+        for i in range(4):
+            b[b_position(lane, i)] = halves[lane, 8 + i]
+            c[c_position(lane, i)] = floats[lane, i]
+    return a, b, c
+
+
+def exponents(x):
+    return np.where(x != 0, np.frexp(x)[1], -9999)
+
+
+def h100_sums(a, b, c):
+    """All 16 products and C, aligned to the largest exponent, two bits kept below fp32's, cut; the sum cut to fp32."""
+    terms = np.concatenate([a[:, :, None] * b[None], c[:, None]], axis=1)
+    of_products = exponents(a)[:, :, None] + exponents(b)[None] - 1
+    largest = np.maximum(of_products.max(axis=1), exponents(c))
+    unit = np.ldexp(1.0, largest - 26)
+    total = (np.trunc(terms / unit[:, None]) * unit[:, None]).sum(axis=1)
+    unit = np.ldexp(1.0, exponents(total) - 24)
+    return np.trunc(total / unit) * unit
+
+
+@pytest.mark.parametrize("tile", range(8))
+def test_mma_agrees_with_an_h100(emulator, tile):
+    """The layout is the hardware's, and the emulated sum is within its own coarser cut of the measured one."""
+    words, bf16, measured = measured_tiles()[tile]
+    hardware = np.array(measured, np.uint32).view(np.float32)
+    a, b, c = unpack(words, bf16)
+    d = np.zeros((16, 8))
+    for lane in LANES:
+        for i in range(4):
+            d[c_position(lane, i)] = hardware[4 * lane + i]
+    np.testing.assert_array_equal(h100_sums(a, b, c), d)
+    got = np.array(emulator.mma(words, bf16), np.uint32).view(np.float32)
+    largest = np.maximum(np.abs(a[:, :, None] * b[None]).max(axis=1), np.abs(c))
+    bound = np.zeros(128)
+    for lane in LANES:
+        for i in range(4):
+            bound[4 * lane + i] = (
+                24 * 2.0**-23 * largest[c_position(lane, i)]
+            )  # 18 cuts here, 18 a quarter as large there
+    assert (np.abs(got.astype(np.float64) - hardware) <= bound).all()
+
+
 def test_half_fma_rounds_once(emulator):
     rng = np.random.default_rng(4)
     bits = rng.integers(0, 65536, (3, 20000)).astype(np.uint16)

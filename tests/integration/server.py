@@ -25,6 +25,7 @@ def environment(**extra: str) -> dict[str, str]:
     """This environment without anybody's SAW_* settings, on CPU, with ``extra``."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SAW_INT4_R", "SAW_TEST_", "HADAMARD"))}
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    clean.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve a shared machine
     return {**clean, "PYTHONPATH": path, "SAW_INT4_CPU_PLATFORM": "1", "TOKENIZERS_PARALLELISM": "false", **extra}
 
 

@@ -12,7 +12,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from saw_int4 import env, ops
 from saw_int4.sglang_plugin import plan
 from saw_int4.sglang_plugin.backend import Int4AttentionBackend
-from saw_int4.sglang_plugin.pool import Int4KVPool
+from saw_int4.sglang_plugin.pool import Int4KVPool, name_layers
 from saw_int4.sglang_plugin.transform import KeyTransform
 
 pytestmark = pytest.mark.both_versions
@@ -207,3 +207,48 @@ def test_unknown_arguments_are_refused(monkeypatch):
     backend.init_forward_metadata(batch)
     with pytest.raises(NotImplementedError, match="k_rope"):
         backend.forward_extend(torch.zeros(4, H_Q * D), None, None, make_layer(), batch, k_rope=torch.zeros(1))
+
+
+def test_sliding_window_pool_agrees_with_a_plain_one(monkeypatch):
+    """The same requests over one pool, and over SGLang's two-part pool, whose window slots lie elsewhere."""
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    torch.manual_seed(4)
+    prefixes, news = [0, 70, 100, 5], [60, 130, 9, 1]
+    layer = make_layer(sliding_window_size=20)
+    first, then = (torch.randn(2, n, H_KV * D) for n in (sum(prefixes), sum(news)))
+    q = torch.randn(sum(news), H_Q * D)
+    results = []
+    for two_parts in (False, True):
+        torch.manual_seed(8)
+        backend = make_backend(monkeypatch, "kv", False)
+        if two_parts:
+            backend.kv_pool = SWAKVPool(
+                size=SLOTS,
+                size_swa=SLOTS,
+                page_size=PAGE,
+                dtype=torch.uint4,
+                head_num=H_KV,
+                head_dim=D,
+                swa_attention_layer_ids=[0],
+                full_attention_layer_ids=[1],
+                device="cpu",
+                token_to_kv_pool_class=Int4KVPool,
+            )
+            name_layers(backend.kv_pool)
+            backend.kv_pool.register_mapping(
+                torch.randperm(SLOTS // PAGE).repeat_interleave(PAGE) * PAGE + torch.arange(SLOTS) % PAGE
+            )
+            backend.has_swa_pool = True
+        outputs = []
+        rounds = [([0] * 4, prefixes, first, False), (prefixes, news, then, False)]
+        rounds.append(([p + n for p, n in zip(prefixes, news)], [1] * 4, then[:, :4] * 2, True))
+        for before, new, kv, decode in rounds:
+            batch = make_batch(backend, before, new, decode)
+            backend.init_forward_metadata(batch)
+            run = backend.forward_decode if decode else backend.forward_extend
+            k, v = (x.view(-1, H_KV, D) for x in kv)
+            outputs.append(run(q[: sum(new)].repeat(2, 1)[: sum(new)], k, v, layer, batch))
+        results.append(outputs)
+    for plain, parted in zip(*results):
+        assert torch.equal(plain, parted)

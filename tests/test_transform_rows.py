@@ -118,7 +118,7 @@ def test_opcheck():
 
 
 def test_torch_compile():
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend="aot_eager")
     def rotate(x):
         return ops.transform_rows(x * 2, rotation_order=64) + 1
 

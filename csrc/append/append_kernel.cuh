@@ -5,6 +5,8 @@
 // first use) and stores the same words of codes. Hadamard strides 1, 2, 4 lie in a lane, 8 to 32
 // across lanes, 64 and 128 in a lane again; minimum and maximum take 3 shuffles each.
 //
+// Parameters are fitted last, one row per lane: divisions and 64-bit sums then cost one row's worth per 8.
+//
 // Bound: HBM. A head_dim 256 row of K and V moves 2 * (512 + 132) bytes, 95 cycles of an H100 SM's share = 380 issue
 // slots; README.md counts what the warp spends on four of them.
 // Assumes: k, v 16-byte aligned with token strides of whole 16 bytes; equal slots race, any one wins.
@@ -16,7 +18,8 @@
 namespace saw_int4 {
 
 inline constexpr int kAppendThreads = 256;
-inline constexpr int kAppendRows = kAppendThreads / kLanesPerRow;  // (token, head) pairs per block
+inline constexpr int kAppendRows = kAppendThreads / kLanesPerRow;  // (token, head) pairs per block and round
+inline constexpr int kManyRowBlocks = 2048;                        // blocks' worth of rows that make several rounds pay
 
 // Adding 1.5 * 2^23 rounds a small float to an integer, half to even, and leaves it in the low bits. Sums of such bits
 // are taken modulo 2^32 and the constant removed once: no conversion, no mask.
@@ -28,27 +31,40 @@ struct FitSums {
   uint32_t s1 = 0, s2 = 0, total = 0, cross = 0;
 };
 
+// A row whose codes are stored and whose parameters are not: what they are fitted from.
+struct OpenRow {
+  uint8_t* row = nullptr;  // null: no row
+  float scale = 0.f, offset = 0.f;
+  uint32_t squares_and_codes = 0, total = 0, cross = 0;
+};
+
+// Fits and stores the parameters of one row per lane, so that divisions and 64-bit sums are paid once per 32 rows.
 template <int D>
-SAW_INT4_DEVICE void fit(FitSums sums, float& scale, float& offset) {
-  uint32_t squares_and_codes = sums.s2 << 16 | sums.s1;  // 15^2 * 256 < 2^16, 15 * 256 < 2^16
-  SAW_INT4_UNROLL
-  for (int mask = 1; mask < kLanesPerRow; mask *= 2) {
-    squares_and_codes += dev::shfl_xor(squares_and_codes, mask);
-    sums.total += dev::shfl_xor(sums.total, mask);
-    sums.cross += dev::shfl_xor(sums.cross, mask);
-  }
-  const int64_t s1 = squares_and_codes & 0xffffu, s2 = squares_and_codes >> 16;
-  const int64_t total = static_cast<int32_t>(sums.total), cross = static_cast<int32_t>(sums.cross);
+SAW_INT4_DEVICE void close_row(const OpenRow& open) {
+  if (open.row == nullptr) return;
+  float scale = open.scale, offset = open.offset;
+  const int64_t s1 = open.squares_and_codes & 0xffffu, s2 = open.squares_and_codes >> 16;
+  const int64_t total = static_cast<int32_t>(open.total), cross = static_cast<int32_t>(open.cross);
   const int64_t spread = D * s2 - s1 * s1;
-  if (spread == 0) return;
-  constexpr float kUnit = 1.f / kFitUnits;  // a power of two: dividing and multiplying round alike
-  const float a =
-      dev::mul_rn(dev::div_rn(static_cast<float>(D * cross - s1 * total), static_cast<float>(spread)), kUnit);
-  const float b = dev::div_rn(
-      dev::sub_rn(dev::mul_rn(static_cast<float>(total), kUnit), dev::mul_rn(a, static_cast<float>(s1))), float(D));
-  const float first_scale = scale;
-  scale = dev::mul_rn(first_scale, a);
-  offset = dev::add_rn(offset, dev::mul_rn(first_scale, b));
+  bool finite = dev::is_finite(scale) && dev::is_finite(offset);
+  if (finite && scale != 0.f && spread != 0) {
+    constexpr float kUnit = 1.f / kFitUnits;  // a power of two: dividing and multiplying round alike
+    const float a =
+        dev::mul_rn(dev::div_rn(static_cast<float>(D * cross - s1 * total), static_cast<float>(spread)), kUnit);
+    const float b = dev::div_rn(
+        dev::sub_rn(dev::mul_rn(static_cast<float>(total), kUnit), dev::mul_rn(a, static_cast<float>(s1))), float(D));
+    offset = dev::add_rn(offset, dev::mul_rn(scale, b));
+    scale = dev::mul_rn(scale, a);
+  }
+  const uint16_t scale_bits = dev::float_to_f16(scale), offset_bits = dev::float_to_f16(offset);
+  finite = finite && dev::is_finite(dev::f16_to_float(scale_bits)) && dev::is_finite(dev::f16_to_float(offset_bits));
+  const bool zero_offset = (offset_bits & 0x7fffu) == 0;  // of either sign: stored as +0
+  const uint32_t params = finite ? scale_bits | (zero_offset ? 0u : static_cast<uint32_t>(offset_bits) << 16)
+                                 : kNanParam | static_cast<uint32_t>(kNanParam) << 16;
+  dev::st_global(reinterpret_cast<uint32_t*>(open.row + scale_byte(D)), params);
+  if (finite) return;
+  SAW_INT4_UNROLL_BY(1)
+  for (int w = 0; w < D / kCodesPerWord; ++w) dev::st_global(reinterpret_cast<uint32_t*>(open.row) + w, 0u);
 }
 
 // Codes of 8 channels of a row, and their share of the fit.
@@ -77,9 +93,10 @@ SAW_INT4_DEVICE uint32_t quantize_word(const float (&t)[8], float offset, float 
   return word;
 }
 
-// The lane's words of one row to codes; the row's lane 0 writes the parameters. row: first byte, 4-byte aligned.
+// Stores the lane's words of one row as codes, and returns what the parameters follow from, the same in its 8 lanes.
+// row: first byte, 4-byte aligned, or null.
 template <int D>
-SAW_INT4_DEVICE void quantize_row(const float (&t)[words_per_lane(D)][8], uint8_t* row, bool active) {
+SAW_INT4_DEVICE OpenRow quantize_row(const float (&t)[words_per_lane(D)][8], uint8_t* row) {
   constexpr int kWords = words_per_lane(D), kRowWords = D / kCodesPerWord;
   const int lane = dev::lane_id() % kLanesPerRow;
   // NaN wins both, so that one bad channel marks the row.
@@ -98,38 +115,30 @@ SAW_INT4_DEVICE void quantize_row(const float (&t)[words_per_lane(D)][8], uint8_
     low = dev::fmin_nan(low, dev::shfl_xor(low, mask));
     high = dev::fmax_nan(high, dev::shfl_xor(high, mask));
   }
-  float scale = dev::f16_to_float(dev::float_to_f16(dev::div_rn(dev::sub_rn(high, low), float(kCodeMax))));
-  float offset = dev::f16_to_float(dev::float_to_f16(low));
-  bool finite = dev::is_finite(scale) && dev::is_finite(offset);
-  const bool constant = scale == 0.f;
-  const float inverse = dev::div_rn(1.f, scale);
-  uint32_t words[kWords];
+  OpenRow open;
+  open.row = row;
+  open.scale = dev::f16_to_float(dev::float_to_f16(dev::div_rn(dev::sub_rn(high, low), float(kCodeMax))));
+  open.offset = dev::f16_to_float(dev::float_to_f16(low));
+  const bool has_codes = dev::is_finite(open.scale) && dev::is_finite(open.offset) && open.scale != 0.f;
+  const float inverse = dev::div_rn(1.f, open.scale);
   FitSums sums;
   SAW_INT4_UNROLL
   for (int k = 0; k < kWords; ++k) {
-    words[k] = 0;
-    if (kLanesPerRow * k + lane < kRowWords) words[k] = quantize_word(t[k], offset, inverse, sums);
-  }
-  float fitted_scale = scale, fitted_offset = offset;
-  fit<D>(sums, fitted_scale, fitted_offset);
-  if (!constant) {
-    scale = fitted_scale;
-    offset = fitted_offset;
-  }
-  const uint16_t scale_bits = dev::float_to_f16(scale), offset_bits = dev::float_to_f16(offset);
-  finite = finite && dev::is_finite(dev::f16_to_float(scale_bits)) && dev::is_finite(dev::f16_to_float(offset_bits));
-  SAW_INT4_UNROLL
-  for (int k = 0; k < kWords; ++k) {
     const int index = kLanesPerRow * k + lane;
-    if (active && index < kRowWords)
-      dev::st_global(reinterpret_cast<uint32_t*>(row) + index, finite && !constant ? words[k] : 0u);
+    if (index >= kRowWords) continue;
+    const uint32_t word = quantize_word(t[k], open.offset, inverse, sums);
+    if (row != nullptr) dev::st_global(reinterpret_cast<uint32_t*>(row) + index, has_codes ? word : 0u);
   }
-  if (active && lane == 0) {
-    const bool zero_offset = (offset_bits & 0x7fffu) == 0;  // of either sign: stored as +0
-    const uint32_t params = finite ? scale_bits | (zero_offset ? 0u : static_cast<uint32_t>(offset_bits) << 16)
-                                   : kNanParam | static_cast<uint32_t>(kNanParam) << 16;
-    dev::st_global(reinterpret_cast<uint32_t*>(row + scale_byte(D)), params);
+  open.squares_and_codes = sums.s2 << 16 | sums.s1;  // 15^2 * 256 < 2^16, 15 * 256 < 2^16
+  open.total = sums.total;
+  open.cross = sums.cross;
+  SAW_INT4_UNROLL
+  for (int mask = 1; mask < kLanesPerRow; mask *= 2) {
+    open.squares_and_codes += dev::shfl_xor(open.squares_and_codes, mask);
+    open.total += dev::shfl_xor(open.total, mask);
+    open.cross += dev::shfl_xor(open.cross, mask);
   }
+  return open;
 }
 
 // Blocks per SM that the registers allow without spilling.
@@ -137,16 +146,11 @@ constexpr int append_blocks_per_sm(int head_dim, DType dtype) {
   return dtype == DType::kFloat32 ? 2 : head_dim <= 128 ? 4 : 3;
 }
 
-// The first half of the grid does K, the second half V.
+// Transforms and quantizes one row (8 lanes), up to its parameters.
 template <int D, DType kType>
-SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, append_blocks_per_sm(D, kType))
-    saw_int4_append_kernel(const AppendParams p) {
+SAW_INT4_DEVICE OpenRow append_row(const AppendParams& p, bool is_v, uint32_t pair) {
   constexpr int kWords = words_per_lane(D), kRowWords = D / kCodesPerWord;
-  const int blocks_per_tensor = dev::block_count() / 2;
-  const bool is_v = dev::block_index() >= blocks_per_tensor;
   const int lane = dev::lane_id() % kLanesPerRow;
-  const uint32_t block = dev::block_index() - (is_v ? blocks_per_tensor : 0);
-  const uint32_t pair = block * kAppendRows + dev::thread_index() / kLanesPerRow;
   const uint32_t token = pair / p.num_kv_heads, head = pair - token * p.num_kv_heads;
   const int64_t slot = token < p.num_tokens ? dev::ld_global(p.slots + token) : -1;
   if (slot >= p.num_slots) dev::trap();
@@ -194,8 +198,26 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, append_blocks_per_sm(D, k
     SAW_INT4_UNROLL
     for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], sign[i]);
   }
-  const int64_t row = active ? (slot * p.num_kv_heads + head) * row_bytes(D) : 0;
-  quantize_row<D>(t, (is_v ? p.v_cache : p.k_cache) + row, active);
+  const int64_t row = (slot * p.num_kv_heads + head) * row_bytes(D);
+  return quantize_row<D>(t, active ? (is_v ? p.v_cache : p.k_cache) + row : nullptr);
+}
+
+// The first half of the grid does K, the second half V; 8 lanes do `rounds` rows (1 .. 8), one after the other.
+template <int D, DType kType>
+SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, append_blocks_per_sm(D, kType))
+    saw_int4_append_kernel(const AppendParams p, const int rounds) {
+  const int blocks_per_tensor = dev::block_count() / 2;
+  const bool is_v = dev::block_index() >= blocks_per_tensor;
+  const uint32_t block = dev::block_index() - (is_v ? blocks_per_tensor : 0);
+  OpenRow mine;
+  SAW_INT4_UNROLL_BY(1)
+  for (int round = 0; round < rounds; ++round) {
+    const uint32_t pair = (block * rounds + round) * kAppendRows + dev::thread_index() / kLanesPerRow;
+    const OpenRow open = append_row<D, kType>(p, is_v, pair);
+    if (dev::lane_id() % kLanesPerRow == round) mine = open;
+  }
+  dev::warp_sync();  // the codes of a damaged row are overwritten below
+  close_row<D>(mine);
 }
 
 }  // namespace saw_int4

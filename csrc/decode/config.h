@@ -17,8 +17,8 @@ inline constexpr int kRowsPerTile = 8;     // query rows of one MMA
 inline constexpr int kTokensPerWarp = 32;  // tokens a warp takes from each tile
 inline constexpr int kMaxWarps = 8;
 inline constexpr int kMaxStages = 4;
-inline constexpr int kDecodeScratchBytes = 96;        // of a block, for the walk along its work
-inline constexpr int64_t kMaxMergeBytes = 96 * 1024;  // of partial results that one block may have to read
+inline constexpr int kDecodeScratchBytes = 96;  // of a block, for the walk along its work
+inline constexpr int kMaxMergePieces = 80;      // (pieces of a run) x (KV heads in a block), see heads_per_block
 
 // Query-row tiles the kernel is compiled for, by head_dim: 8, 16 or 32 rows per pass over the keys.
 constexpr int max_row_tiles(int head_dim) {
@@ -119,10 +119,10 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
       (static_cast<int64_t>(plan.heads_per_block) * plan.rows_per_head * (shape.head_dim + 2) + 3) / 4 * 4;
 }
 
-// Bytes of partial results that the last block of a run reads, when B requests share the grid evenly.
-inline int64_t merge_bytes(const DecodePlan& plan, const DecodeShape& shape) {
+// How many pieces per query row the last block of a run adds up, when B requests share the grid evenly.
+inline int64_t merge_pieces(const DecodePlan& plan, const DecodeShape& shape) {
   const int64_t runs = static_cast<int64_t>(std::max(shape.num_requests, 1)) * plan.head_groups;
-  return (plan.blocks + runs - 1) / runs * plan.piece_floats * 4;
+  return (plan.blocks + runs - 1) / runs * plan.heads_per_block;
 }
 
 // KV heads in one block: the more, the longer the contiguous runs that are read; the fewer, the less there is to
@@ -145,7 +145,7 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
       plan.blocks = device.sm_count * per_sm;
     }
     if (!fits) return false;
-    if (heads == 1 || merge_bytes(plan, shape) <= kMaxMergeBytes) return true;
+    if (heads == 1 || merge_pieces(plan, shape) <= kMaxMergePieces) return true;
   }
   return false;
 }

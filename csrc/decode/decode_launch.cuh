@@ -1,8 +1,11 @@
 // The second level of decode's dispatch: row tiles to kernel. Each head_dim is instantiated in its own translation
-// unit, so that they compile side by side.
+// unit, so that they compile side by side; this file must not see decode_dispatch.h, which would instantiate them all.
 #pragma once
 
-#include "decode/decode_dispatch.h"
+#include <stdexcept>
+#include <string>
+
+#include "common/launch.h"
 #include "decode/decode_kernel.cuh"
 
 namespace saw_int4 {

@@ -1,0 +1,48 @@
+"""A few small calls of every operator on a GPU, compared with the CPU, for the sanitizer: seconds, not minutes."""
+
+import torch
+
+from saw_int4 import ops
+from saw_int4.format import row_bytes
+
+
+def caches(slots: int, heads: int, head_dim: int) -> list[torch.Tensor]:
+    return [torch.zeros(slots, heads, row_bytes(head_dim), dtype=torch.uint8) for _ in range(2)]
+
+
+def check(head_dim: int, heads: int, group: int, lens: list[int], q_len: int) -> None:
+    """One append, one gather and one decode, whose split pieces are merged across blocks."""
+    slots = sum(lens) + 5
+    k, v = (torch.randn(slots, heads, head_dim, dtype=torch.bfloat16) for _ in range(2))
+    where = torch.randperm(slots)
+    cpu, gpu = caches(slots, heads, head_dim), [t.cuda() for t in caches(slots, heads, head_dim)]
+    ops.append_kv(k, v, *cpu, where, rotation_order=16, rotate_v=True)
+    ops.append_kv(k.cuda(), v.cuda(), *gpu, where.cuda(), rotation_order=16, rotate_v=True)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(cpu, gpu)), "append_kv: bytes differ from the CPU's"
+
+    index = torch.randint(0, slots, (19,), dtype=torch.int32)
+    wide = [torch.empty(19, heads, head_dim, dtype=torch.bfloat16) for _ in range(2)]
+    wide_gpu = [t.cuda() for t in wide]
+    ops.gather_kv(*cpu, index, *wide)
+    ops.gather_kv(*gpu, index.cuda(), *wide_gpu)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(wide, wide_gpu)), "gather_kv: values differ from the CPU's"
+
+    table = torch.zeros(len(lens), max(lens), dtype=torch.int32)
+    for row, (end, n) in enumerate(zip(torch.tensor(lens).cumsum(0).tolist(), lens)):
+        table[row, :n] = where[end - n : end]
+    q = torch.randn(len(lens) * q_len, heads * group, head_dim, dtype=torch.bfloat16)
+    inputs = (q, *cpu, table, torch.arange(len(lens)), torch.tensor(lens))
+    options = dict(sm_scale=head_dim**-0.5, max_q_len=q_len, rotation_order=16, rotate_v=True)
+    expected = ops.decode_attention(*inputs, **options).float()
+    found = ops.decode_attention(*(t.cuda() for t in inputs), **options).float().cpu()
+    error = (found - expected).norm() / expected.norm()
+    assert error < 1e-2, f"decode_attention: relative error {error:.1e} against the CPU, expected below 1e-2"
+
+
+torch.manual_seed(0)
+check(128, 8, 4, [700, 90], 1)
+check(64, 2, 4, [300, 33], 4)
+check(128, 1, 8, [1100], 4)
+check(80, 4, 1, [130, 257], 2)
+torch.cuda.synchronize()
+print("gpu_smoke: ok")

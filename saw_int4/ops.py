@@ -32,7 +32,8 @@ def append_kv(
     Args:
         k, v: ``[T, H_kv, D]`` bfloat16, float16 or float32; keys after RoPE. Any stride between tokens.
         k_cache, v_cache: mutated at ``slots`` only.
-        slots: ``[T]`` int64. A negative slot skips its token; of equal slots any one may win.
+        slots: ``[T]`` int64. A negative slot skips its token; of equal slots any one may win
+            (on a GPU their words may mix: share only slots that nobody reads).
         rotation_order: R, 1 for none; V is rotated too when ``rotate_v``.
         k_mean, k_inv_scale, k_sign: fp32 ``[H_kv, D]``, mu, 1/s and the signs (+1 or -1, applied after the rotation)
             of the calibrated transform; all or none.

@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=${1:-build/gpu_check}
 mkdir -p "$results"
 python=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 failed=0
 
 step() {  # step NAME SECONDS COMMAND...: runs it, keeps its output, says how it went

@@ -29,7 +29,7 @@ CHUNK = 128
 PAGE = 16
 ARGS = (
     f"--page-size {PAGE} --chunked-prefill-size {CHUNK} --context-length {CONTEXT} --max-running-requests 16 "
-    "--schedule-conservativeness 0.3"  # admits more than fits, so that requests are retracted
+    "--schedule-conservativeness 0.05"  # admits more than fits, so that requests are retracted
 ).split()
 
 

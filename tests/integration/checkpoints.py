@@ -43,14 +43,15 @@ def qwen3(tokenizer_from: Path, folder: Path, **changes) -> Path:
 
 
 def qwen2(tokenizer_from: Path, folder: Path) -> Path:
-    """Qwen2: keys have a bias; 4 query heads on 2 KV heads, head_dim 64."""
+    """Qwen2: 4 query heads on 2 KV heads, head_dim 64. Queries have their key's bias: together they attend nearby."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(1)
     shape = {**_SMALL, "hidden_size": 256, "num_hidden_layers": 3}
     model = Qwen2ForCausalLM(Qwen2Config(**shape))
     for layer in model.model.layers:
-        layer.self_attn.k_proj.bias.data.normal_(0, 0.5)
+        bias = layer.self_attn.k_proj.bias.data.normal_(0, 0.5)
+        layer.self_attn.q_proj.bias.data = bias.view(2, 64).repeat_interleave(2, 0).flatten()
     return save(model, tokenizer_from, folder)
 
 

@@ -68,7 +68,7 @@ def extension():
     # Bytes of the cache must not depend on the compiler's mood: no contraction, no fast-math.
     cxx = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
     cuda = with_cuda()
-    patterns = ["csrc/*.cpp", "csrc/*/*_cpu*.cpp"] + (["csrc/*/*_cuda*.cu"] if cuda else [])
+    patterns = ["csrc/*.cpp", "csrc/*/*_cpu*.cpp"] + (["csrc/*/*_cuda*.cu", "csrc/*/*_cuda*.cpp"] if cuda else [])
     sources = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
     options = dict(sources=sources, include_dirs=[str(ROOT / "csrc")], extra_link_args=["-fopenmp"])
     if not cuda:

@@ -44,21 +44,27 @@ SAW_INT4_HD constexpr int request_units(int seq_len, int q_len, int64_t window, 
   return tile_range(seq_len, q_len, window, tile_shift).tiles * row_passes(q_len, group, rows_per_pass) * head_groups;
 }
 
-// The line of all units, cut into one stretch per working block; the first `longer` have one unit more. Blocks work
-// only as far as there are units, so that no stretch is empty and the blocks of a run are counted by their indices.
+// The line of all units, cut into one stretch per working block: block i begins at floor(i * total / blocks), so that
+// runs of equal length are cut alike and blocks of neighbouring heads read the same tokens at the same time. Blocks
+// work only as far as there are units, so that no stretch is empty and the blocks of a run are counted by their
+// indices.
 struct Stretches {
-  int blocks, units, longer;
+  int blocks, units, rest;  // total = blocks * units + rest
 
   SAW_INT4_HD constexpr Stretches(int total_units, int grid_blocks)
       : blocks(total_units < grid_blocks ? total_units : grid_blocks),
         units(blocks == 0 ? 0 : total_units / blocks),
-        longer(total_units - units * blocks) {}
+        rest(total_units - units * blocks) {}
 
   // First unit of a block, and the block that owns a unit.
-  SAW_INT4_HD constexpr int begin(int block) const { return block * units + (block < longer ? block : longer); }
+  SAW_INT4_HD constexpr int begin(int block) const { return block * units + block * rest / blocks; }
   SAW_INT4_HD constexpr int block_of(int unit) const {
-    const int in_longer = longer * (units + 1);
-    return unit < in_longer ? unit / (units + 1) : longer + (unit - in_longer) / units;
+    int block = unit / (units + 1);  // never too late: no stretch is longer
+    while (begin(block + 1) <= unit) {
+      const int step = (unit - begin(block + 1)) / (units + 1);
+      block += step > 0 ? step : 1;
+    }
+    return block;
   }
 
   // Where a block writes its piece of the run that starts at unit run_begin. A block has at most two pieces that others

@@ -59,12 +59,10 @@ struct Stretches {
   // First unit of a block, and the block that owns a unit.
   SAW_INT4_HD constexpr int begin(int block) const { return block * units + block * rest / blocks; }
   SAW_INT4_HD constexpr int block_of(int unit) const {
-    int block = unit / (units + 1);  // never too late: no stretch is longer
-    while (begin(block + 1) <= unit) {
-      const int step = (unit - begin(block + 1)) / (units + 1);
-      block += step > 0 ? step : 1;
-    }
-    return block;
+    const float per_block = static_cast<float>(units) + static_cast<float>(rest) / static_cast<float>(blocks);
+    int block = static_cast<int>(static_cast<float>(unit) / per_block);  // off by one at most
+    if (block > 0 && begin(block) > unit) --block;
+    return begin(block + 1) <= unit ? block + 1 : block;
   }
 
   // Where a block writes its piece of the run that starts at unit run_begin. A block has at most two pieces that others

@@ -83,6 +83,8 @@ CASES = {
     "window": replace(BASE, window=20),
     "window_0": replace(BASE, window=0, calibrated=True),
     "window_rows": replace(BASE, window=5, q_lens=(4, 1, 9)),
+    # a whole tile lies before the first row, and partly outside the last row's window
+    "window_rows_long": replace(BASE, window=90, seq_lens=(200, 1, 130), q_lens=(9, 1, 5)),
     "soft_cap": replace(BASE, logit_cap=5.0, calibrated=True, kv_scale=4.0),
     "sinks": replace(BASE, sink=True, calibrated=True),
     "sinks_empty": replace(BASE, sink=True, seq_lens=(0, 3), q_lens=(1, 1)),
@@ -130,12 +132,15 @@ def test_damage_reaches_only_who_attends_to_it(engine):
     slots = inputs.slot_table[inputs.table_rows[1]]
     inputs.k_cache[slots[39], 0, -4:] = 0xFF  # K of head 0 at the last token of request 1: its second row only
     inputs.v_cache[slots[5], 1, -4:] = 0xFF  # V of head 1 at an old token: both rows
+    last = inputs.slot_table[inputs.table_rows[2], 39]
+    inputs.v_cache[last, 0, -4:] = 0xFF  # V of head 0 at the last token of request 2: its second row only
     out = run(engine, inputs)[0].view(3, 2, 2, 2, -1)  # request, row, KV head, query of its group
     assert out[1, 1, 0].isnan().all()
     assert out[1, :, 1].isnan().all()
-    out[1, 1, 0] = out[1, :, 1] = 0
+    assert out[2, 1, 0].isnan().all()
+    out[1, 1, 0] = out[1, :, 1] = out[2, 1, 0] = 0
     expected = clean.view_as(out).clone()
-    expected[1, 1, 0] = expected[1, :, 1] = 0
+    expected[1, 1, 0] = expected[1, :, 1] = expected[2, 1, 0] = 0
     assert_equal(out, expected)
 
 

@@ -110,9 +110,9 @@ SABOTAGED = [sys.executable, str(HERE / "sabotaged_server.py")]
 @pytest.mark.parametrize(
     ("sabotage", "said"),
     [
-        ("configure_kv_cache_dtype", "did not apply the hook on sglang.srt.mem_cache.kv_cache_dtype"),
-        ("Scheduler.__init__", "did not apply the hook on sglang.srt.managers.scheduler.Scheduler.__init__"),
-        ("_compute_cell_size", "did not apply the hook on"),
+        ("configure_kv_cache_dtype", "kv_cache_dtype.configure_kv_cache_dtype is missing"),
+        ("Scheduler.__init__", "scheduler.Scheduler.__init__ is missing"),
+        ("_compute_cell_size", "DefaultPoolConfigurator._compute_cell_size is missing"),
     ],
 )
 def test_hook_that_fails_in_the_scheduler_process(tiny, logs, sabotage, said):

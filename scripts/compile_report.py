@@ -24,15 +24,19 @@ ARCHS = ["80", "86", "89", "90a", "100a", "120"]
 FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Icsrc", "-Xptxas", "-v", "-cubin"]
 WARPS_PER_SM = {"80": 64, "86": 48, "89": 48, "90a": 64, "100a": 64, "120": 48}
 # One translation unit per kernel file: the instantiations that the extension holds, without torch.
-DECODE_UNITS = {path.stem: f'#include "decode/{path.name}"' for path in (ROOT / "csrc/decode").glob("decode_cuda_*.cu")}
+DECODE_FILES = sorted((ROOT / "csrc/decode").glob("decode_cuda_*.cu"))
+DECODE_UNITS = {path.stem: f'#include "decode/{path.name}"\n' for path in DECODE_FILES}
+MOVE_UNIT = """#include "{op}/{op}_dispatch.h"
+using Launch = void (*)(const saw_int4::{params}&, saw_int4::Stream);
+Launch keep = &saw_int4::{call};
+"""
+UNITS = {path.stem: f'#include "decode/{path.name}"' for path in (ROOT / "csrc/decode").glob("decode_cuda_*.cu")}
 MOVE_UNIT = '#include "{op}/{op}_dispatch.h"\nauto* keep = static_cast<void (*)(const saw_int4::{params}&, saw_int4::Stream)>(&saw_int4::{call});'
 UNITS = {
     "decode": DECODE_UNITS,
     "append": {"append": MOVE_UNIT.format(op="append", params="AppendParams", call="append")},
     "gather": {"gather": MOVE_UNIT.format(op="gather", params="GatherParams", call="gather")},
-    "transform": {
-        "transform": MOVE_UNIT.format(op="transform", params="TransformRowsParams", call="transform_rows")
-    },
+    "transform": {"transform": MOVE_UNIT.format(op="transform", params="TransformRowsParams", call="transform_rows")},
 }
 DTYPES = {"0": "fp32", "1": "fp16", "2": "bf16"}
 # An operation that moves the bulk of the bytes must exist in this width.
@@ -71,8 +75,12 @@ class Kernel:
         if self.count("LDL") + self.count("STL"):
             found.append("local memory is used, expected none")
         wide = WIDE[self.op]
-        if not any(line.startswith(wide) or line.startswith(wide.replace(".E.", ".E.CONSTANT.")) or
-                   re.match(wide.split(".")[0] + r".*\.128", line) for line in self.code):
+        if not any(
+            line.startswith(wide)
+            or line.startswith(wide.replace(".E.", ".E.CONSTANT."))
+            or re.match(wide.split(".")[0] + r".*\.128", line)
+            for line in self.code
+        ):
             found.append(f"no {wide}, expected 16-byte accesses")
         if self.op == "decode" and not self.loop():
             found.append("no loop with an MMA, expected HMMA.16816 in the tile loop")
@@ -129,7 +137,9 @@ def compile_unit(op: str, stem: str, text: str, arch: str) -> list[Kernel]:
         elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?)\s*;", line):
             current.append(match[1])
     kernels = []
-    pattern = r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers"
+    pattern = (
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers"
+    )
     for match in re.finditer(pattern, done.stderr, re.DOTALL):
         name = match[1]
         kernels.append(Kernel(op, readable(name), arch, int(match[4]), int(match[2]), int(match[3]), code[name]))

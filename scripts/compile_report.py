@@ -30,8 +30,6 @@ MOVE_UNIT = """#include "{op}/{op}_dispatch.h"
 using Launch = void (*)(const saw_int4::{params}&, saw_int4::Stream);
 Launch keep = &saw_int4::{call};
 """
-UNITS = {path.stem: f'#include "decode/{path.name}"' for path in (ROOT / "csrc/decode").glob("decode_cuda_*.cu")}
-MOVE_UNIT = '#include "{op}/{op}_dispatch.h"\nauto* keep = static_cast<void (*)(const saw_int4::{params}&, saw_int4::Stream)>(&saw_int4::{call});'
 UNITS = {
     "decode": DECODE_UNITS,
     "append": {"append": MOVE_UNIT.format(op="append", params="AppendParams", call="append")},

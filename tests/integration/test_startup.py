@@ -128,6 +128,6 @@ def test_hook_that_fails_in_the_scheduler_process(tiny, logs, sabotage, said):
 def test_plugin_switched_off(tiny, logs):
     command = [sys.executable, "-m", "sglang.launch_server"]
     arguments = [*ARGS, "--kv-cache-dtype", "int4"]
-    server = Server(tiny, logs / "off.log", *arguments, command=command, SGLANG_PLUGINS="none_of_ours")
+    server = Server(tiny, logs / "off.log", *arguments, command=command, SGLANG_PLUGINS="saw_int4_cpu")
     text = server.wait_for_exit()
     assert "--kv-cache-dtype" in text and "invalid choice: 'int4'" in text

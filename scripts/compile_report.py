@@ -1,5 +1,6 @@
-"""What the compiler made of the CUDA kernels: registers, spills, occupancy, and the decode loop instruction by
-instruction. Needs nvcc and nvdisasm, no GPU. Fails on spills, stack, local memory, narrow bulk accesses or a missing MMA.
+"""What the compiler made of the CUDA kernels: registers, spills, occupancy, and the decode loop's instructions.
+
+Needs nvcc and nvdisasm, no GPU. Fails on spills, stack, local memory, narrow bulk accesses or a missing MMA.
 
     python scripts/compile_report.py                       every kernel, every supported architecture
     python scripts/compile_report.py --arch 90a --op decode

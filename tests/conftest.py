@@ -8,6 +8,7 @@ ENGINES = operator_engines()
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "load: minutes of load on a server; run with -m load")
     config.addinivalue_line("markers", "large: too large a case for the emulated engine")
     config.addinivalue_line("markers", "both_versions: also run under the second supported SGLang version")
 

@@ -23,8 +23,8 @@ else:
 
 from server import ROOT, Server  # noqa: E402
 
-POOL_TOKENS = 576
-CONTEXT = 544
+POOL_TOKENS = 1024
+CONTEXT = 1024
 CHUNK = 128
 PAGE = 16
 ARGS = (

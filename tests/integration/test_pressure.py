@@ -20,6 +20,8 @@ import pytest
 from conftest import POOL_TOKENS
 from server import Server, output_logprobs
 
+pytestmark = pytest.mark.load
+
 CLIENTS, REQUESTS, DISTINCT = 16, 200, 16
 
 
@@ -44,7 +46,8 @@ def load(text_ids) -> Load:
         )
     return Load(
         prompts=[random.choice(distinct) for _ in range(REQUESTS)],
-        lengths=[random.randint(16, 56) for _ in range(REQUESTS)],
+        # Short requests are admitted while long ones still grow: the pool overflows, and some are retracted.
+        lengths=[random.choice((8, 150)) for _ in range(REQUESTS)],
         leaves=[random.random() < 0.1 for _ in range(REQUESTS)],
     )
 

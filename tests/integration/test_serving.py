@@ -47,7 +47,7 @@ def test_perplexity_between_bf16_and_prototype(int4_server, bf16_server, text_id
     """
     logs = {"int4": [], "bf16": []}
     for start in (0, 20_000):
-        window = text_ids[start : start + 512]
+        window = text_ids[start : start + 640]
         logs["int4"] += int4_server.prompt_logprobs(window)
         logs["bf16"] += bf16_server.prompt_logprobs(window)
     ratio = math.exp((sum(logs["bf16"]) - sum(logs["int4"])) / len(logs["bf16"]))

@@ -7,12 +7,6 @@ from saw_int4.testing.engines import operator_engines
 ENGINES = operator_engines()
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "load: minutes of load on a server; run with -m load")
-    config.addinivalue_line("markers", "large: too large a case for the emulated engine")
-    config.addinivalue_line("markers", "both_versions: also run under the second supported SGLang version")
-
-
 @pytest.fixture(scope="session")
 def emulated():
     """The CUDA kernels, compiled for and executed on the CPU."""

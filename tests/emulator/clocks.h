@@ -28,6 +28,8 @@ struct Stamp {
 
 class Clocks {
  public:
+  using Epochs = std::array<uint32_t, kMaxWarps>;  // by warp
+
   void reset() {
     for (auto& row : met_) row.fill(0);
     epoch_.fill(1);
@@ -36,9 +38,13 @@ class Clocks {
   bool comes_before(Stamp past, int thread) const {
     return past.thread() == thread || met_[thread / kWarpSize][past.warp()] >= past.epoch();
   }
+  // The newest epoch of each warp that comes before what a thread does now.
+  const Epochs& met_by(int thread) const { return met_[thread / kWarpSize]; }
+  // From here on stamps of the thread's warp are newer than before, whoever meets them.
+  void tick(int thread) { ++epoch_[thread / kWarpSize]; }
   // The warps of the mask meet at a barrier. False when a warp has passed more barriers than a stamp can count.
   bool join(uint32_t warps) {
-    std::array<uint32_t, kMaxWarps> newest{};
+    Epochs newest{};
     for_each(warps, [&](int warp) {
       met_[warp][warp] = epoch_[warp]++;
       for (int i = 0; i < kMaxWarps; ++i) newest[i] = newest[i] > met_[warp][i] ? newest[i] : met_[warp][i];
@@ -57,8 +63,8 @@ class Clocks {
     for (; mask != 0; mask &= mask - 1) fn(__builtin_ctz(mask));
   }
 
-  std::array<std::array<uint32_t, kMaxWarps>, kMaxWarps> met_{};
-  std::array<uint32_t, kMaxWarps> epoch_{};
+  std::array<Epochs, kMaxWarps> met_{};
+  Epochs epoch_{};
 };
 
 }  // namespace saw_int4::emulator

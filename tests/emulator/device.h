@@ -182,7 +182,7 @@ inline void thread_fence() {
   machine().global().fence(machine().accessor());
 }
 inline uint32_t atomic_add_u32(uint32_t* target, uint32_t value, Site site = Site::current()) {
-  const uint32_t before = machine().global().atomic_add(target, value, site);
+  const uint32_t before = machine().global().atomic_add(target, value, machine().accessor(), site);
   machine().yield();
   return before;
 }

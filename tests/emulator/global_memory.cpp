@@ -43,7 +43,7 @@ void GlobalMemory::add(const std::string& name, const void* memory, int64_t byte
 
 void GlobalMemory::begin_launch() {
   ++launch_;
-  unpublished_.clear();
+  fences_.clear();
 }
 
 GlobalMemory::Allocation& GlobalMemory::find(const char* verb, const void* pointer, uint32_t bytes, Access access,
@@ -99,11 +99,13 @@ void GlobalMemory::read(void* to, const void* from, uint32_t bytes, bool read_on
       fail(site, text("read through the read-only path of memory that this launch writes: ", writer(),
                       "; use ld_global_coherent"));
     }
-    if (history.block != who.block && !history.published) {
-      fail(site, text("race in global memory: ", writer(), " without a thread_fence since"));
-    }
-    if (history.block == who.block && !who.clocks.comes_before(history.writer, who.thread)) {
-      fail(site, text("race in global memory: ", writer(), " with no barrier in between"));
+    if (history.block == who.block) {
+      if (!who.clocks.comes_before(history.writer, who.thread)) {
+        fail(site, text("race in global memory: ", writer(), " with no barrier in between"));
+      }
+    } else if (!fences_.reaches(history.block, history.writer, who.block, who.thread, who.clocks)) {
+      fail(site, text("race in global memory: ", writer(),
+                      "; no thread_fence and atomic there, then atomic and thread_fence here, lie in between"));
     }
   });
   std::memcpy(to, from, bytes);
@@ -117,29 +119,17 @@ void GlobalMemory::write(void* to, const void* from, uint32_t bytes, const Acces
       fail(site, text("global write of byte ", at, " of ", allocation.name,
                       ", which this launch has read through the read-only path; use ld_global_coherent there"));
     }
-    history = {launch_, 0, who.block, now, false};
-    unpublished_[who.block].push_back({now, &history});
+    history = {launch_, 0, who.block, now};
   });
   std::memcpy(to, from, bytes);
 }
 
-uint32_t GlobalMemory::atomic_add(uint32_t* target, uint32_t value, const Site& site) {
+uint32_t GlobalMemory::atomic_add(uint32_t* target, uint32_t value, const Accessor& who, const Site& site) {
   find("atomic", target, sizeof(uint32_t), Access::kReadWrite, site);
+  fences_.atomic(who.block, who.thread, who.clocks, target);
   const uint32_t before = *target;
   *target = before + value;
   return before;
-}
-
-void GlobalMemory::fence(const Accessor& who) {
-  auto& mine = unpublished_[who.block];
-  std::erase_if(mine, [&](const Unpublished& entry) {
-    // Overwritten since by somebody else: then it is their write that awaits publication.
-    const bool stale = entry.history->block != who.block || entry.history->writer != entry.writer;
-    if (stale) return true;
-    if (!who.clocks.comes_before(entry.writer, who.thread)) return false;
-    entry.history->published = true;
-    return true;
-  });
 }
 
 }  // namespace saw_int4::emulator

@@ -2,18 +2,18 @@
 //
 // Every access must lie inside one allocation that permits it, at its natural alignment. Allocations that are both
 // read and written also remember, per two bytes, who wrote them in this launch: a read by another thread of the
-// block needs a barrier in between, a read by another block needs the writer's side to have fenced, and the
-// read-only path (ld_global) may never see a byte that the launch writes.
+// block needs a barrier in between, a read by another block needs fences and atomics (fences.h), and the read-only path
+// (ld_global) may never see a byte that the launch writes.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "emulator/clocks.h"
+#include "emulator/fences.h"
 #include "emulator/report.h"
 
 namespace saw_int4::emulator {
@@ -25,7 +25,7 @@ enum class Access { kRead = 1, kWrite = 2, kReadWrite = 3, kScratch = 7 };
 struct Accessor {
   int block;
   int thread;
-  const Clocks& clocks;
+  Clocks& clocks;
 };
 
 class GlobalMemory {
@@ -38,16 +38,14 @@ class GlobalMemory {
 
   void read(void* to, const void* from, uint32_t bytes, bool read_only_path, const Accessor& who, const Site& site);
   void write(void* to, const void* from, uint32_t bytes, const Accessor& who, const Site& site);
-  uint32_t atomic_add(uint32_t* target, uint32_t value, const Site& site);
-  // Publishes what the thread wrote, and what it has met at barriers, to other blocks.
-  void fence(const Accessor& who);
+  uint32_t atomic_add(uint32_t* target, uint32_t value, const Accessor& who, const Site& site);
+  void fence(const Accessor& who) { fences_.fence(who.block, who.thread, who.clocks); }
 
  private:
   struct History {                              // of two bytes
     uint32_t written_in = 0, read_only_in = 0;  // launch numbers
     int block = 0;
     Stamp writer;
-    bool published = false;
   };
   struct FreeHistory {
     void operator()(History* history) const { std::free(history); }
@@ -58,10 +56,6 @@ class GlobalMemory {
     int access;
     std::unique_ptr<History[], FreeHistory> history;  // where both read and written; zero pages until touched
   };
-  struct Unpublished {
-    Stamp writer;
-    History* history;
-  };
 
   Allocation& find(const char* verb, const void* pointer, uint32_t bytes, Access access, const Site& site);
   template <class Fn>
@@ -69,7 +63,7 @@ class GlobalMemory {
 
   std::vector<Allocation> allocations_;  // by begin
   uint32_t launch_ = 0;
-  std::map<int, std::vector<Unpublished>> unpublished_;  // by block
+  Fences fences_;
 };
 
 }  // namespace saw_int4::emulator

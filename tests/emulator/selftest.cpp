@@ -297,15 +297,51 @@ SAW_INT4_KERNEL stale_workspace(Params p) {
   output(p, ld_global_coherent(mine));
 }
 
-// The last block to arrive finishes for all: partials, barrier, fence, count; then the last one reads everything.
-template <bool kPlanted>
-SAW_INT4_KERNEL missing_fence(Params p) {
+// The last block to arrive finishes for all: partials, fence, barrier, count; barrier, fence, and the last one reads
+// everything. Without any one of these the partials need not have arrived.
+enum class Omit { kNothing, kFence, kBarrier, kReadersFence };
+
+template <Omit kOmit>
+void last_block_finishes(Params p) {
   const int t = thread_index();
   st_global(p.workspace + 1 + block_index() * kThreads + t, input(p, t));
+  if (kOmit != Omit::kFence) thread_fence();
+  if (kOmit != Omit::kBarrier) block_sync();
+  if (t == 0) st_shared(word(0), atomic_add_u32(p.workspace, 1));
+  block_sync();
+  const bool last = ld_shared<uint32_t>(word(0)) == kBlocks - 1;
+  if (kOmit != Omit::kReadersFence) thread_fence();
+  if (!last) return;
+  for (int b = 0; b < kBlocks; ++b) {
+    st_global(p.out + b * kThreads + t, ld_global_coherent(p.workspace + 1 + b * kThreads + t));
+  }
+}
+
+template <bool kPlanted>
+SAW_INT4_KERNEL missing_fence(Params p) {
+  last_block_finishes<kPlanted ? Omit::kFence : Omit::kNothing>(p);
+}
+template <bool kPlanted>
+SAW_INT4_KERNEL missing_barrier_before_count(Params p) {
+  last_block_finishes<kPlanted ? Omit::kBarrier : Omit::kNothing>(p);
+}
+template <bool kPlanted>
+SAW_INT4_KERNEL missing_fence_of_reader(Params p) {
+  last_block_finishes<kPlanted ? Omit::kReadersFence : Omit::kNothing>(p);
+}
+
+// One thread's fence covers what others wrote before the barrier, and nothing that it writes itself after the fence.
+template <bool kPlanted>
+SAW_INT4_KERNEL write_after_fence(Params p) {
+  const int t = thread_index();
+  uint32_t* mine = p.workspace + 1 + block_index() * kThreads + t;
+  if (!kPlanted || t != 0) st_global(mine, input(p, t));
   block_sync();
   if (t == 0) {
-    if (!kPlanted) thread_fence();
+    thread_fence();
+    if (kPlanted) st_global(mine, input(p, t));
     st_shared(word(0), atomic_add_u32(p.workspace, 1));
+    thread_fence();
   }
   block_sync();
   if (ld_shared<uint32_t>(word(0)) != kBlocks - 1) return;
@@ -361,6 +397,9 @@ const std::map<std::string, Case> kCases = {CASE(missing_barrier),
                                             CASE(read_only_path_of_written),
                                             CASE(missing_barrier_global),
                                             CASE(missing_fence),
+                                            CASE(missing_barrier_before_count),
+                                            CASE(missing_fence_of_reader),
+                                            CASE(write_after_fence),
                                             CASE(stale_workspace),
                                             CASE(traps)};
 #undef CASE

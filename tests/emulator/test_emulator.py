@@ -58,7 +58,10 @@ PLANTED = {
     "read_of_output": r"global read of out, which the kernel may not read",
     "read_only_path_of_written": r"read-only path of memory that this launch writes",
     "missing_barrier_global": r"race in global memory: .* with no barrier in between|has not written",
-    "missing_fence": r"race in global memory: .* without a thread_fence since",
+    "missing_fence": r"race in global memory: .*; no thread_fence and atomic there, then atomic",
+    "missing_barrier_before_count": r"race in global memory: .*; no thread_fence and atomic there, then atomic",
+    "missing_fence_of_reader": r"race in global memory: .*; no thread_fence and atomic there, then atomic",
+    "write_after_fence": r"race in global memory: .*thread 0 .*; no thread_fence and atomic there, then atomic",
     "stale_workspace": r"thread 7 .*read of byte \d+ of workspace, which this launch has not written",
     "traps": r"block 1, thread 33 \(warp 1, lane 1\).*trap",
 }

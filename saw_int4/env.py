@@ -3,9 +3,9 @@
 They are read once, in the process that starts a server, and travel to every other process as one JSON string in
 ``SAW_INT4_RESOLVED``; nobody else reads an option from the environment.
 
-    SAW_INT4_ROTATION                none | k | kv             what is rotated (default k)
+    SAW_INT4_ROTATION                none | k | kv             what is rotated (default kv)
     SAW_INT4_ROTATION_ORDER          power of two | head_dim   block of the Hadamard rotation (default head_dim)
-    SAW_INT4_CALIBRATION             none | auto | PATH        artifact of saw-int4 calibrate (default none)
+    SAW_INT4_CALIBRATION             auto | none | PATH        artifact of saw-int4 calibrate (default auto)
     SAW_INT4_CPU_PLATFORM            1                         run SGLang on plain CPU (no GPU needed)
     SAW_INT4_ALLOW_UNTESTED_SGLANG   1                         accept an SGLang version that was not tested
 
@@ -41,12 +41,13 @@ class Options:
     Attributes:
         rotation: "none", "k" or "kv".
         order: block of the rotation, or None for the largest that the model's head_dim allows.
-        calibration: path of a calibration artifact, "none", or "auto" until the model is known.
+        calibration: path of a calibration artifact, "none", or "auto" until the model is known: the process that
+            starts a server puts the model's own artifact in its place, or "none" where it has none.
     """
 
-    rotation: str = "k"
+    rotation: str = "kv"
     order: int | None = None
-    calibration: str = "none"
+    calibration: str = "auto"
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -120,7 +121,7 @@ def resolve(environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]
     alias_rotation, alias_order, notes = _aliases(environ)
     rotation = _agree(ROTATION, rotation, "HADAMARD and ROTATE_V", alias_rotation)
     order = _agree(ROTATION_ORDER, order, "HADAMARD_ORDER", alias_order)
-    calibration = environ.get(CALIBRATION, "none").strip() or "none"
+    calibration = environ.get(CALIBRATION, "").strip() or Options.calibration
     if calibration not in ("none", "auto"):
         calibration = str(Path(calibration).resolve())
     rotation = Options.rotation if rotation is None else rotation

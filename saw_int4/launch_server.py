@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--saw-rotation",
         choices=env.ROTATIONS,
-        help="what the Hadamard rotation covers before quantization: nothing, keys, or keys and values (default: k)",
+        help="what the Hadamard rotation covers before quantization: nothing, keys, or keys and values (default: kv)",
     )
     flags.add_argument(
         "--saw-rotation-order",
@@ -30,8 +30,9 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--saw-calibration",
-        metavar="PATH",
-        help="artifact of saw-int4 calibrate; auto: calibrate when a model is first served; none (default: none)",
+        metavar="auto|none|PATH",
+        help="auto: calibrate when a model is first served; none: the rotation alone; PATH: an artifact of "
+        "saw-int4 calibrate (default: auto)",
     )
     return flags
 

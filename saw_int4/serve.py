@@ -93,8 +93,8 @@ def check(found: dict) -> None:
     wrong = []
     if EXPECTED not in found["answer"]:
         wrong.append(f"answer is {found['answer']!r}, expected it to name {EXPECTED}")
-    if not found["format"].startswith("int4 ") or "K rotated" not in found["format"]:
-        wrong.append(f"format is {found['format']!r}, expected int4 with rotated K")
+    if not found["format"].startswith("int4 ") or " rotated" not in found["format"]:
+        wrong.append(f"format is {found['format']!r}, expected int4 with a rotation")
     ratio = found["tokens"] / found["bf16_tokens"]
     if not 3.5 < ratio < 3.95:
         wrong.append(f"capacity is {ratio:.2f}x that of bfloat16, expected 3.5 to 3.95")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_checkpoint
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saw_int4 import cli, reference
-from saw_int4.calibration import artifact, automatic, fit
+from saw_int4.calibration import artifact, attention_hook, automatic, fit
 from saw_int4.calibration.attention_hook import AttentionCall
 from saw_int4.calibration.calibrate import calibrate
 from saw_int4.calibration.fingerprint import model_fingerprint
@@ -98,6 +99,23 @@ def test_keys_of_one_row_must_share_one_mean():
     seen = reference.visible_tokens(24, 5)
     want, _ = reference.attention(q, k, v, seen, call.sm_scale)
     assert (reference.attention(queries, keys, v, seen, call.sm_scale)[0] - want).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("rows", [20, 3])
+def test_the_hook_is_attention_with_sinks(window, rows):
+    """What calibration runs a model with, against the formula in float64."""
+    call = attention_call(9, tokens=20)._replace(window=window)
+    call = call._replace(q=call.q[-rows:])
+    sinks = torch.randn(HEADS * GROUP)
+    q, k, v = (x.transpose(0, 1)[None] for x in (call.q, call.k, call.v))
+    module = SimpleNamespace(layer_idx=0)
+    for s_aux in (None, sinks):
+        got, _ = attention_hook._attention(module, q, k, v, None, call.sm_scale, sliding_window=window, s_aux=s_aux)
+        want, lse = reference.attention(*(x.double() for x in (call.q, call.k, call.v)), call.visible(), call.sm_scale)
+        if s_aux is not None:
+            want = want * (lse - sinks.double()).sigmoid()[..., None]
+        torch.testing.assert_close(got[0].double(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_forward_and_backward_are_inverse():
@@ -286,5 +304,5 @@ def test_automatic_calibration_runs_once(checkpoint, tmp_path, monkeypatch):
     made = path.stat().st_mtime_ns
     assert automatic.artifact_for(str(checkpoint), 32, "cpu") == path
     assert path.stat().st_mtime_ns == made
-    with pytest.raises(ValueError, match="(?s)order is 48.*--saw-calibration none"):
+    with pytest.raises(ValueError, match="could not be calibrated: .*order is 48"):
         automatic.artifact_for(str(checkpoint), 48, "cpu")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -101,7 +102,7 @@ def save(calibration: Calibration, path: Path) -> None:
         for name, vector in transform._asdict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # servers may start at the same time
     save_file(tensors, partial, metadata={MANIFEST: json.dumps(calibration.manifest, sort_keys=True)})
     partial.replace(path)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from saw_int4.torchvision_compat import define_missing_operators
 
 NAME = "saw_int4_hook"
-_UNSUPPORTED = ("softcap", "s_aux", "sinks")
+_UNSUPPORTED = ("softcap",)
 _active: list[Callable[[AttentionCall], tuple[Tensor, Tensor]]] = []
 
 
@@ -85,28 +85,45 @@ def hooked(replace: Callable[[AttentionCall], tuple[Tensor, Tensor]]) -> Iterato
 
 
 def _attention(
-    module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, **kwargs
+    module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, s_aux=None, **kwargs
 ):
     unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if unsupported or query.shape[0] != 1:
         what = f"option {', '.join(unsupported)}" if unsupported else f"batch size {query.shape[0]}"
         raise NotImplementedError(
             f"attention layer {module.layer_idx}: {what} is not known to this hook, which takes one sequence at a "
-            "time and plain, sliding-window or grouped softmax attention."
+            "time and plain, sliding-window or grouped softmax attention, with or without sinks."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = AttentionCall(module.layer_idx, *(x[0].transpose(0, 1) for x in (query, key, value)), scale, sliding_window)
     for replace in _active:
         k, v = replace(call)
         key, value = (x.to(query).transpose(0, 1)[None] for x in (k, v))
-    whole = query.shape[2] == key.shape[2] and (sliding_window is None or key.shape[2] <= sliding_window)
+    causal = query.shape[2] == key.shape[2] and (sliding_window is None or key.shape[2] <= sliding_window)
+    seen = None if causal and s_aux is None else call.visible()
+    if s_aux is not None:
+        query, key, value, seen = _with_sinks(query, key, value, seen, s_aux / scale)
     out = torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=None if whole else call.visible(),
-        is_causal=whole,
+        attn_mask=seen,
+        is_causal=seen is None,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _with_sinks(query, key, value, seen, sinks):
+    """The same attention with one token more, which every row sees: its value is zero, its score the head's sink.
+
+    A channel more carries it: 1 in queries, 0 in all other keys.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))  # sinks are per query head
+    key, value = (torch.cat([torch.zeros_like(x[:, :, :1]), x], dim=2) for x in (key, value))
+    extra = torch.zeros_like(key[..., :1])
+    extra[0, :, 0, 0] = sinks
+    query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
+    return query, torch.cat([key, extra], dim=-1), value, torch.cat([torch.ones_like(seen[:, :1]), seen], dim=1)

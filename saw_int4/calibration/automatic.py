@@ -9,7 +9,7 @@ from pathlib import Path
 
 from saw_int4.calibration import artifact
 from saw_int4.calibration.calibrate import describe, path_of
-from saw_int4.calibration.fingerprint import model_fingerprint
+from saw_int4.calibration.fingerprint import checkpoint_folder, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -20,23 +20,22 @@ def artifact_for(model: str, rotation_order: int, device: str) -> Path:
     In a process of its own: what it takes of memory is free again before the server sizes its cache.
 
     Args:
-        model: folder of a checkpoint.
-        device: where the model runs for the few seconds: "cpu" or "cuda".
+        model: folder of a checkpoint, or its name on the Hugging Face hub.
+        device: where the model runs meanwhile, as torch names it: seconds on a GPU, a minute or more on a CPU.
 
     Raises:
         ValueError: the checkpoint cannot be calibrated.
     """
+    model = checkpoint_folder(model)
     path = path_of(model_fingerprint(model), rotation_order)
     if not path.exists():
         logger.info("saw_int4: calibrating %s, once; kept in %s", model, path)
         command = [sys.executable, "-m", "saw_int4.cli", "calibrate", "--model", model, "--out", str(path)]
         command += ["--rotation-order", str(rotation_order), "--device", device]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if run.returncode:
-            raise ValueError(
-                f"--saw-calibration auto: {model} could not be calibrated: {run.stderr.strip()[-2000:]} "
-                "Way out: calibrate it elsewhere and give --saw-calibration PATH, or serve with --saw-calibration none."
-            )
+            reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+            raise ValueError(f"{model} could not be calibrated: {reason}")
     for line in describe(artifact.load(path)).splitlines():
         logger.info("saw_int4: %s", line)
     return path

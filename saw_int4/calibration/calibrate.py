@@ -111,6 +111,6 @@ def version(package: str) -> str | None:
         return None
 
 
-def path_of(model: str, rotation_order: int) -> Path:
+def path_of(model: str, rotation_order: int, home: Path | None = None) -> Path:
     """Where an artifact is kept when nobody says: one file per model fingerprint and rotation order."""
-    return Path.home() / ".cache" / "saw_int4" / f"{model}-r{rotation_order}.safetensors"
+    return (home or Path.home()) / ".cache" / "saw_int4" / f"{model}-r{rotation_order}.safetensors"

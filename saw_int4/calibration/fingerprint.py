@@ -7,8 +7,26 @@ import json
 from pathlib import Path
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub repository: what serving takes too
 # Fields that change neither the keys nor the queries of a checkpoint.
 _COSMETIC = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
+
+
+def checkpoint_folder(model: str) -> str:
+    """The folder itself, or where the Hugging Face hub's client keeps a model of this name (fetched when missing).
+
+    Raises:
+        ValueError: neither a folder nor a model that can be fetched.
+    """
+    if Path(model).is_dir():
+        return model
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(model, allow_patterns=FILES)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"model {model}: neither a folder nor to be had from the hub ({error}).") from error
 
 
 def model_fingerprint(path: str | Path) -> str:

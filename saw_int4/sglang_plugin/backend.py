@@ -15,6 +15,7 @@ from saw_int4 import ops
 from saw_int4.sglang_plugin import prefill, verify
 from saw_int4.sglang_plugin.plan import Plan, plan_decode, plan_extend, translate_slots
 from saw_int4.sglang_plugin.pool import Int4KVPool, locate
+from saw_int4.sglang_plugin.speculation import VerifyBuffers, plan_verify
 from saw_int4.sglang_plugin.transform import KeyTransform
 
 
@@ -31,6 +32,7 @@ class Int4AttentionBackend(AttentionBackend):
         self.has_swa_pool = hasattr(self.kv_pool, "swa_kv_pool")
         self._workspaces: list[torch.Tensor] = []  # only the last is in use; captured graphs hold the others' addresses
         self._workspace_rows = self._graph_rows = 0
+        self._verify_buffers: VerifyBuffers | None = None  # where verifications are captured
         self._layers: dict[int, tuple[Int4KVPool, int, bool]] = {}  # checked layers, as pool.locate finds them
 
     # ---- metadata ------------------------------------------------------------------------------------------------
@@ -40,7 +42,9 @@ class Int4AttentionBackend(AttentionBackend):
         mode = forward_batch.forward_mode
         if mode.is_decode():
             self.plan = plan_decode(forward_batch)
-        elif mode.is_extend() and not (mode.is_target_verify() or mode.is_draft_extend_v2()):
+        elif mode.is_target_verify():
+            self.plan = plan_verify(forward_batch, self._verify_buffers)
+        elif mode.is_extend() and not mode.is_draft_extend_v2():
             self.plan = plan_extend(forward_batch)
         elif mode.is_idle():
             return
@@ -56,6 +60,7 @@ class Int4AttentionBackend(AttentionBackend):
                 "Way out: --disable-cuda-graph, or --disable-hybrid-swa-memory."
             )
         self._graph_rows = max_num_tokens
+        self._verify_buffers = VerifyBuffers(max_bs, max_num_tokens, self.kv_pool.device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -126,6 +131,7 @@ class Int4AttentionBackend(AttentionBackend):
             short.seq_lens.to(torch.int64),
             short.q_indptr,
             max_q_len=short.max_q_len,
+            tree_mask=short.tree_mask,
             page_size=self.page_size,
             workspace=self._workspace(q),
             rotation_order=pool.format.rotation_order,

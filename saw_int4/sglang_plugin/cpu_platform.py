@@ -6,6 +6,8 @@ SGLang's own CPU platform needs the CUDA-only or AMX kernels package. This one i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformEnum, SRTPlatform
 
@@ -25,6 +27,19 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == "NGRAM" and sglang_version() != "0.5.21"  # which does not ask for a worker below
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        from saw_int4.sglang_plugin import cpu_speculation
+
+        return cpu_speculation.worker_class() if algorithm == "NGRAM" else None
+
+    def get_speculative_cache_locs_fn(self) -> Callable:
+        from saw_int4.sglang_plugin import cpu_speculation
+
+        return cpu_speculation.draft_slots
 
     if sglang_version() == "0.5.21":  # later versions take their own classes where a platform names none
 

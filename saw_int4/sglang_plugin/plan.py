@@ -22,8 +22,9 @@ class ShortRequests:
         batch_rows: int64 [B], their places in the batch, which are their rows in the sliding-window table.
         rows: indices of their query rows in the batch, or None when they are the whole batch, in order.
         seq_lens: int64 [B], lengths with the new tokens.
-        q_indptr: int32 [B + 1], or None: one row each.
+        q_indptr: int32 [B + 1], or None: max_q_len rows each.
         max_q_len: most new tokens of one of them.
+        tree_mask: int64, for each query row the new tokens that it sees (bits), or None: those up to itself.
     """
 
     table_rows: Tensor
@@ -32,6 +33,7 @@ class ShortRequests:
     rows: Tensor | None = None
     q_indptr: Tensor | None = None
     max_q_len: int = 1
+    tree_mask: Tensor | None = None
 
 
 @dataclass

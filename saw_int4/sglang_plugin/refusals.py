@@ -148,10 +148,10 @@ def check_model(server_args, options: Options) -> None:
         )
     options.kv_format(model.head_dim)
     if (calibration := options.load_calibration()) is not None:
-        from saw_int4.calibration.fingerprint import model_fingerprint
+        from saw_int4.calibration.fingerprint import checkpoint_folder, model_fingerprint
 
         calibration.check(
-            model=model_fingerprint(server_args.model_path),
+            model=model_fingerprint(checkpoint_folder(server_args.model_path)),
             num_kv_heads=model.get_total_num_kv_heads(),
             layers=list(range(model.num_attention_layers)),
         )

@@ -84,21 +84,34 @@ def _accept_or_refuse(server_args, previous) -> None:
         refusals.check(server_args, options)
         if options.calibration == "auto":
             options = _calibrated(server_args, options)
-            refusals.check_model(server_args, options)
         env.publish(options)
         setattr(server_args, FINGERPRINT_ATTRIBUTE, options.fingerprint)
     previous(server_args)
 
 
 def _calibrated(server_args, options: env.Options) -> env.Options:
-    """The options with the model's own artifact. ValueError when it cannot be made."""
+    """The options with the model's own artifact; without calibration, and a warning, where it cannot have one."""
     from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
 
     from saw_int4.calibration.automatic import artifact_for
+    from saw_int4.sglang_plugin import refusals
 
     order = options.kv_format(model_config_of(server_args).head_dim).rotation_order
-    path = artifact_for(server_args.model_path, order, resolved_view(server_args).device)
-    return replace(options, calibration=str(path))
+    device = resolved_view(server_args).device
+    if device == "cuda":
+        device = f"cuda:{server_args.base_gpu_id}"
+    try:
+        path = artifact_for(server_args.model_path, order, device)
+        calibrated = replace(options, calibration=str(path))
+        refusals.check_model(server_args, calibrated)
+    except ValueError as error:
+        logger.warning(
+            "saw_int4: serving without calibration, which is less accurate: %s Way out: calibrate elsewhere "
+            "(saw-int4 calibrate) and give --saw-calibration PATH; --saw-calibration none silences this.",
+            error,
+        )
+        return replace(options, calibration="none")
+    return calibrated
 
 
 def _recheck(server_args, previous) -> None:

@@ -108,8 +108,6 @@ def pool(model_runner) -> None:
     options = options_of_parent(model_runner.server_args)
     if model_runner.kv_cache_dtype_str != KV_CACHE_DTYPE:
         fail(f"SGLang resolved --kv-cache-dtype to {model_runner.kv_cache_dtype_str!r}.")
-    if options.calibration != "none" and len(pools_of(model_runner.token_to_kv_pool)) > 1:
-        fail("a calibrated transform is not supported yet for models with more than one KV pool; leave it out.")
     for kv_pool in pools_of(model_runner.token_to_kv_pool):
         if type(kv_pool) is not Int4KVPool:
             fail(f"the KV pool is a {type(kv_pool).__name__}, expected {Int4KVPool.__name__}.")

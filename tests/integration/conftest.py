@@ -25,6 +25,7 @@ from server import ROOT, Server  # noqa: E402
 
 POOL_TOKENS = 1024
 CONTEXT = 1024
+CALIBRATED = {"SAW_INT4_CALIBRATION": "auto"}
 CHUNK = 128
 PAGE = 16
 ARGS = (
@@ -64,9 +65,10 @@ def logs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def int4_server(model, logs):
-    """INT4 with default options, a small pool, small prefill chunks."""
+    """INT4 with default options (calibrated), a small pool, small prefill chunks."""
     token_bytes = 30 * 3 * 36 * 2
-    env = {"SAW_TEST_CACHE_BYTES": str(POOL_TOKENS * token_bytes), "SAW_TEST_FAULT": str(logs / "fault")}
+    env = {"SAW_TEST_CACHE_BYTES": str(POOL_TOKENS * token_bytes), "SAW_TEST_FAULT": str(logs / "fault"), **CALIBRATED}
+    env["HOME"] = str(logs)  # where its artifact is kept
     args = [*ARGS, "--kv-cache-dtype", "int4", "--enable-metrics"]
     server = Server(model, logs / "int4.log", *args, **env)
     try:

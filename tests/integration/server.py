@@ -22,8 +22,12 @@ READY = "The server is fired up and ready to roll!"
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This environment without anybody's SAW_* settings, on CPU, with ``extra``."""
+    """This environment without anybody's SAW_* settings, on CPU, with ``extra``.
+
+    Without calibration: it takes a quarter of a minute for each checkpoint; tests of it ask for it.
+    """
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SAW_INT4_R", "SAW_TEST_", "HADAMARD"))}
+    clean["SAW_INT4_CALIBRATION"] = "none"
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     clean.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve a shared machine
     return {**clean, "PYTHONPATH": path, "SAW_INT4_CPU_PLATFORM": "1", "TOKENIZERS_PARALLELISM": "false", **extra}

@@ -64,7 +64,9 @@ def test_rows_are_calibrated_ones_of_this_rank(calibration, monkeypatch, rank, s
     first = rank * TOTAL_HEADS // size
     mean, scale, sign = (x[first : first + heads].contiguous() for x in made.layers[2])
     want = [torch.zeros(SIZE + 1, heads, row_bytes(DIM), dtype=torch.uint8) for _ in range(2)]
-    ops.append_kv(k, v, *want, slots, rotation_order=DIM, k_mean=mean, k_inv_scale=1 / scale, k_sign=sign)
+    ops.append_kv(
+        k, v, *want, slots, rotation_order=DIM, k_mean=mean, k_inv_scale=1 / scale, k_sign=sign, rotate_v=True
+    )
     for got, expected in zip(pool.get_kv_buffer(2), want):
         assert torch.equal(got.view(torch.uint8)[slots], expected[slots])
 

@@ -11,6 +11,7 @@ import statistics
 import pytest
 import torch
 from checkpoints import gemma3, granite_swa, qwen2
+from conftest import CALIBRATED
 from server import Server
 
 ARGS = "--max-total-tokens 2048 --context-length 512 --max-running-requests 4 --chunked-prefill-size"
@@ -57,14 +58,15 @@ def test_family(model, tmp_path, logs, make, cripple, pools, page, chunk):
 
     checkpoint = make(model, tmp_path / "model")
     args = [*ARGS.split(), str(chunk), "--page-size", str(page), "--kv-cache-dtype", "int4"]
-    server = Server(checkpoint, logs / f"{make.__name__}.log", *args)
+    server = Server(checkpoint, logs / f"{make.__name__}.log", *args, **CALIBRATED, HOME=str(tmp_path))
     try:
         server.ready()
         answer = server.generate(PROMPT, 24, return_logprob=True, logprob_start_len=0)
-        allocated = server.state()["kv_cache_format"]["allocated_bytes"]
+        cache = server.state()["kv_cache_format"]
     finally:
         server.stop()
-    assert allocated > 0
+    assert cache["allocated_bytes"] > 0
+    assert "calibration none" not in cache["format"]
     assert (server.text().count("SWAKVPool mem usage") > 0) == (pools == 2)
     meta = answer["meta_info"]
     got = [entry[0] for entry in meta["input_token_logprobs"][1:] + meta["output_token_logprobs"]]

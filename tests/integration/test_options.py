@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -14,10 +15,10 @@ pytestmark = pytest.mark.both_versions
 @pytest.mark.parametrize(
     ("environ", "rotation", "order"),
     [
-        ({}, "k", None),
+        ({}, "kv", None),
         ({"SAW_INT4_ROTATION": "kv", "SAW_INT4_ROTATION_ORDER": "32"}, "kv", 32),
         ({"SAW_INT4_ROTATION": "none"}, "none", None),
-        ({"SAW_INT4_ROTATION_ORDER": "head_dim"}, "k", None),
+        ({"SAW_INT4_ROTATION_ORDER": "head_dim"}, "kv", None),
         ({"HADAMARD": "1"}, "k", None),
         ({"HADAMARD": "1", "HADAMARD_ORDER": "16"}, "k", 16),
         ({"HADAMARD": "1", "ROTATE_V": "1", "HADAMARD_ORDER": "64"}, "kv", 64),
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.both_versions
         ({"HADAMARD": "0"}, "none", None),
         ({"HADAMARD": "0", "HADAMARD_ORDER": "16"}, "none", None),
         ({"HADAMARD": "1", "SAW_INT4_ROTATION": "k"}, "k", None),
-        ({"SGLANG_FUSE_HADAMARD_INT4_KV": "0"}, "k", None),
+        ({"SGLANG_FUSE_HADAMARD_INT4_KV": "0"}, "kv", None),
     ],
 )
 def test_resolve(environ, rotation, order):
@@ -55,6 +56,12 @@ def test_contradictions_are_errors(environ, said):
         env.resolve(environ)
 
 
+def test_calibration():
+    assert env.resolve({})[0].calibration == env.resolve({env.CALIBRATION: "auto"})[0].calibration == "auto"
+    assert env.resolve({env.CALIBRATION: "none"})[0].calibration == "none"
+    assert Path(env.resolve({env.CALIBRATION: "a.safetensors"})[0].calibration).is_absolute()
+
+
 def test_format_of_options():
     assert env.Options().kv_format(128).rotation_order == 128
     assert env.Options().kv_format(96).rotation_order == 32
@@ -67,11 +74,11 @@ def test_format_of_options():
 
 def test_options_travel_whole(monkeypatch):
     monkeypatch.setenv(env.RESOLVED, "")
-    for options in (env.Options(), env.Options("kv", 32), env.Options("none")):
+    for options in (env.Options(), env.Options("k", 32), env.Options("none", calibration="none")):
         env.publish(options)
         assert env.published() == options
         assert env.published().fingerprint == options.fingerprint
-    assert len({o.fingerprint for o in (env.Options(), env.Options("kv"), env.Options("k", 64))}) == 3
+    assert len({o.fingerprint for o in (env.Options(), env.Options("k"), env.Options("kv", 64))}) == 3
     monkeypatch.delenv(env.RESOLVED)
     with pytest.raises(RuntimeError, match="is not set"):
         env.published()

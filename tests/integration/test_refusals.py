@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from checkpoints import qwen3
 from sglang.srt.plugins import load_plugins
@@ -13,12 +15,15 @@ from saw_int4.sglang_plugin.names import FINGERPRINT_ATTRIBUTE
 
 pytestmark = pytest.mark.both_versions
 
+UNCALIBRATED = env.Options(calibration="none")
+
 
 @pytest.fixture(autouse=True)
 def plugin(monkeypatch):
     load_plugins()
     for name in (env.ROTATION, env.ROTATION_ORDER):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(env.CALIBRATION, "none")
     monkeypatch.setenv(env.RESOLVED, "")
 
 
@@ -40,7 +45,17 @@ def test_accepted(model):
 
     args = start(model)
     assert attention_backends_of(resolved_view(args)) == ("saw_int4", "saw_int4")
-    assert getattr(args, FINGERPRINT_ATTRIBUTE) == env.published().fingerprint == env.Options().fingerprint
+    assert getattr(args, FINGERPRINT_ATTRIBUTE) == env.published().fingerprint == UNCALIBRATED.fingerprint
+
+
+def test_a_model_that_cannot_be_calibrated_is_served_without(tiny, tmp_path, monkeypatch, caplog):
+    """As under --load-format dummy: a folder without weights."""
+    for file in tiny.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setenv(env.CALIBRATION, "auto")
+    start(tmp_path)
+    assert env.published() == UNCALIBRATED
+    assert "serving without calibration" in caplog.text and "weights" in caplog.text
 
 
 def test_other_caches_are_left_alone(model):
@@ -167,7 +182,7 @@ def test_seam_gone_at_registration(monkeypatch):
 
 def test_options_that_do_not_reach_the_scheduler(model, monkeypatch):
     args = start(model)
-    assert verify.options_of_parent(args) == env.Options()
+    assert verify.options_of_parent(args) == UNCALIBRATED
     monkeypatch.setenv(env.RESOLVED, env.Options("none").to_json())  # unrotated where rotated was asked for
     with pytest.raises(SystemExit, match="fingerprint"):
         verify.options_of_parent(args)
@@ -220,7 +235,7 @@ def test_pools_other_than_the_one_asked_for(model, monkeypatch):
 
     monkeypatch.setenv(env.RESOLVED, env.Options("none").to_json())
     unrotated = make_pool(Int4KVPool)
-    env.publish(env.Options())
+    env.publish(UNCALIBRATED)
     with pytest.raises(SystemExit, match="no rotation"):
         verify.pool(Runner(args, unrotated))
 

@@ -11,6 +11,9 @@ import pytest
 from checkpoints import qwen3
 from server import HERE, Server, environment
 
+from saw_int4.calibration import artifact
+from saw_int4.calibration.calibrate import path_of
+from saw_int4.calibration.fingerprint import model_fingerprint
 from saw_int4.format import KVFormat
 
 ARGS = ["--max-total-tokens", "2048", "--context-length", "512", "--max-running-requests", "4"]
@@ -60,15 +63,16 @@ def test_sglang_serve_with_the_forks_variables(tiny, logs, expected):
 
 
 def test_module_with_two_ranks(tiny, logs, expected):
-    """``python -m sglang.launch_server``, tensor parallel over two processes: one KV head each."""
+    """``python -m sglang.launch_server``, calibrated, tensor parallel over two processes: one KV head each."""
     command = [sys.executable, "-m", "sglang.launch_server"]
     arguments = [*ARGS, "--kv-cache-dtype", "int4", "--tp-size", "2"]
-    variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SAW_INT4_CALIBRATION": "auto", "HOME": str(logs)}
     server = Server(tiny, logs / "tp.log", *arguments, command=command, **variables)
     try:
         server.ready()
         cache = server.state()["kv_cache_format"]
-        assert cache["fingerprint"] == KVFormat(128, 128).fingerprint
+        calibration = artifact.load(path_of(model_fingerprint(tiny), 128, logs)).fingerprint
+        assert cache["fingerprint"] == KVFormat(128, 128, rotate_v=True, calibration=calibration).fingerprint
         assert cache["bytes_per_token"] == 2 * 3 * 1 * 68
         assert mean_gap(server.prompt_logprobs(IDS), expected) < LIMIT
     finally:
@@ -100,7 +104,7 @@ def test_engine(tiny, expected, tmp_path):
     line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
     assert line is not None, run.stderr[-4000:]
     fingerprint, logs = json.loads(line[7:])
-    assert fingerprint == KVFormat(128, 128).fingerprint
+    assert fingerprint == KVFormat(128, 128, rotate_v=True).fingerprint
     assert mean_gap(logs, expected) < LIMIT
 
 

@@ -35,8 +35,8 @@ def worker_class() -> type:
         def __init__(self, server_args, *args, **kwargs) -> None:
             if server_args.kv_cache_dtype != KV_CACHE_DTYPE:
                 raise ValueError(
-                    f"ngram speculation on the CPU platform: --kv-cache-dtype is {server_args.kv_cache_dtype}, expected "
-                    f"{KV_CACHE_DTYPE}: SGLang's own CPU attention does not verify drafts."
+                    f"ngram speculation on the CPU platform: --kv-cache-dtype is {server_args.kv_cache_dtype!r}, "
+                    f"expected {KV_CACHE_DTYPE}: SGLang's own CPU attention does not verify drafts."
                 )
             super().__init__(server_args, *args, **kwargs)
 

@@ -21,8 +21,9 @@ TAKE_TESTED = f"install a tested SGLang ({', '.join(TESTED_SGLANG)}), or adapt s
 READS = {
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch": (
         "forward_mode", "req_pool_indices", "seq_lens", "out_cache_loc", "extend_seq_lens_cpu",
-        "extend_prefix_lens_cpu",
+        "extend_prefix_lens_cpu", "spec_info",
     ),
+    "sglang.srt.speculative.ngram_info.NgramVerifyInput": ("custom_mask", "draft_token_num"),
     "sglang.srt.model_executor.forward_batch_info.ForwardMode": (
         "is_decode", "is_extend", "is_idle", "is_target_verify", "is_draft_extend_v2",
     ),

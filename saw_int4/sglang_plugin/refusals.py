@@ -10,6 +10,7 @@ import torch
 
 from saw_int4.env import Options
 from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE
+from saw_int4.sglang_plugin.speculation import MAX_DRAFTS
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,18 @@ REFUSALS = [
         "prefill and decode servers do not compare their INT4 formats yet",
         "serve both on one server",
     ),
-    Refusal("speculative_algorithm", _on, "verification over INT4 rows is not supported yet", "drop it"),
+    Refusal(
+        "speculative_algorithm",
+        lambda v: v is not None and v.upper() != "NGRAM",
+        "a draft model's cache would need INT4 rows of its own",
+        "use NGRAM, which has no draft model",
+    ),
+    Refusal(
+        "speculative_num_draft_tokens",
+        lambda v: (v or 0) > MAX_DRAFTS,
+        f"at most {MAX_DRAFTS} drafts are verified at once",
+        f"set it to {MAX_DRAFTS} or less",
+    ),
     Refusal("enable_unified_memory", _on, _OTHER_POOL, "drop it"),
     Refusal("enable_page_major_kv_layout", _on, _OTHER_POOL, "drop it"),
     Refusal("enable_hisparse", _on, _OTHER_POOL, "drop it"),
@@ -74,12 +86,25 @@ def check(server_args, options: Options) -> None:
                 f"--kv-cache-dtype int4 and {flag} {value}: not supported together: {refusal.reason}. "
                 f"Way out: {refusal.way_out}, or use another --kv-cache-dtype."
             )
+    check_platform(view.speculative_algorithm)
     check_dtype(server_args)
     check_environment()
     check_backends(server_args)
     check_model(server_args, options)
     check_kernels(view.device)
     check_prefill_graph(view.cuda_graph_config)
+
+
+def check_platform(algorithm: str | None) -> None:
+    """ValueError for speculation on a platform outside SGLang that cannot do it: SGLang asks only for some kinds."""
+    from sglang.srt.platforms import current_platform
+
+    out_of_tree = current_platform.is_out_of_tree()
+    if algorithm and out_of_tree and not current_platform.supports_speculative_algorithm(algorithm.upper()):
+        raise ValueError(
+            f"--speculative-algorithm {algorithm}: {type(current_platform).__name__} does not support it under this "
+            "version of SGLang. Way out: drop it."
+        )
 
 
 def check_dtype(server_args) -> None:

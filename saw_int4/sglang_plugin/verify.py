@@ -97,7 +97,18 @@ def serving(model_runner) -> None:
     backend = model_runner.attn_backend
     if type(backend) is not Int4AttentionBackend:
         fail(f"the attention backend is {type(backend).__name__}, expected {ATTENTION_BACKEND}.")
+    if not model_runner.spec_algorithm.is_none() and windows(model_runner.model):
+        fail(
+            "speculative decoding of a model with sliding windows: a draft's window is not that of its place in a tree."
+        )
     across_ranks([p.format.fingerprint for p in pools_of(model_runner.token_to_kv_pool)])
+
+
+def windows(model: torch.nn.Module) -> bool:
+    """Whether a layer of the model attends through a sliding window."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return any(isinstance(m, RadixAttention) and m.sliding_window_size >= 0 for m in model.modules())
 
 
 def pool(model_runner) -> None:

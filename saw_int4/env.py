@@ -6,6 +6,7 @@ They are read once, in the process that starts a server, and travel to every oth
     SAW_INT4_ROTATION                none | k | kv             what is rotated (default kv)
     SAW_INT4_ROTATION_ORDER          power of two | head_dim   block of the Hadamard rotation (default head_dim)
     SAW_INT4_CALIBRATION             auto | none | PATH        artifact of saw-int4 calibrate (default auto)
+    SAW_INT4_BF16_LAYERS             0,3-5,first:2,last:1      layers that stay in BF16 (default none of them)
     SAW_INT4_CPU_PLATFORM            1                         run SGLang on plain CPU (no GPU needed)
     SAW_INT4_ALLOW_UNTESTED_SGLANG   1                         accept an SGLang version that was not tested
 
@@ -18,15 +19,17 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from saw_int4 import layers
 from saw_int4.format import KVFormat, default_rotation_order
 
 ROTATION = "SAW_INT4_ROTATION"
 ROTATION_ORDER = "SAW_INT4_ROTATION_ORDER"
 RESOLVED = "SAW_INT4_RESOLVED"
 CALIBRATION = "SAW_INT4_CALIBRATION"
+BF16_LAYERS = "SAW_INT4_BF16_LAYERS"
 CPU_PLATFORM = "SAW_INT4_CPU_PLATFORM"
 ALLOW_UNTESTED_SGLANG = "SAW_INT4_ALLOW_UNTESTED_SGLANG"
 ROTATIONS = ("none", "k", "kv")
@@ -43,11 +46,13 @@ class Options:
         order: block of the rotation, or None for the largest that the model's head_dim allows.
         calibration: path of a calibration artifact, "none", or "auto" until the model is known: the process that
             starts a server puts the model's own artifact in its place, or "none" where it has none.
+        bf16_layers: layers that stay in BF16, as ``saw_int4.layers`` reads them; numbers once the model is known.
     """
 
     rotation: str = "kv"
     order: int | None = None
     calibration: str = "auto"
+    bf16_layers: str = ""
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -63,6 +68,24 @@ class Options:
             raise ValueError(
                 f"{ROTATION} is none, but {ROTATION_ORDER} asks for rotation order {self.order}. Leave one of them out."
             )
+
+        self._about_layers(layers.parse, self.bf16_layers)
+
+    def _about_layers(self, function, *args):
+        try:
+            return function(*args)
+        except ValueError as error:
+            raise ValueError(f"{BF16_LAYERS} (--saw-bf16-layers) is {self.bf16_layers!r}: {error}") from error
+
+    def for_model(self, num_layers: int) -> Options:
+        """These options with the layers' numbers in place of what names them. ValueError where there are none such."""
+        numbers = self._about_layers(layers.chosen, self.bf16_layers, num_layers)
+        return replace(self, bf16_layers=",".join(map(str, numbers)))
+
+    @property
+    def bf16_layer_ids(self) -> frozenset[int]:
+        """Layers of the model that stay in BF16. Only after ``for_model``."""
+        return frozenset(int(number) for number in self.bf16_layers.split(",") if number)
 
     def kv_format(self, head_dim: int) -> KVFormat:
         """The row format that these options give a model of this head_dim. ValueError where they cannot."""
@@ -125,7 +148,8 @@ def resolve(environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]
     if calibration not in ("none", "auto"):
         calibration = str(Path(calibration).resolve())
     rotation = Options.rotation if rotation is None else rotation
-    return Options(rotation=rotation, order=order, calibration=calibration), notes
+    bf16_layers = environ.get(BF16_LAYERS, "").strip()
+    return Options(rotation=rotation, order=order, calibration=calibration, bf16_layers=bf16_layers), notes
 
 
 def publish(options: Options) -> None:

@@ -34,6 +34,11 @@ def parser() -> argparse.ArgumentParser:
         help="auto: calibrate when a model is first served; none: the rotation alone; PATH: an artifact of "
         "saw-int4 calibrate (default: auto)",
     )
+    flags.add_argument(
+        "--saw-bf16-layers",
+        metavar="LAYERS",
+        help="layers that stay in BF16: numbers, ranges, first:N, last:N, separated by commas (default: none of them)",
+    )
     return flags
 
 
@@ -41,6 +46,7 @@ VARIABLES = {
     "saw_rotation": env.ROTATION,
     "saw_rotation_order": env.ROTATION_ORDER,
     "saw_calibration": env.CALIBRATION,
+    "saw_bf16_layers": env.BF16_LAYERS,
 }
 
 

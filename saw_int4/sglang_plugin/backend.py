@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
@@ -33,6 +34,7 @@ class Int4AttentionBackend(AttentionBackend):
         self._workspaces: list[torch.Tensor] = []  # only the last is in use; captured graphs hold the others' addresses
         self._workspace_rows = self._graph_rows = 0
         self._verify_buffers: VerifyBuffers | None = None  # where verifications are captured
+        self._bf16_layers = TorchNativeAttnBackend(model_runner)  # attention of layers that stay in BF16, on CPU only
         self._layers: dict[int, tuple[Int4KVPool, int, bool]] = {}  # checked layers, as pool.locate finds them
 
     # ---- metadata ------------------------------------------------------------------------------------------------
@@ -96,6 +98,10 @@ class Int4AttentionBackend(AttentionBackend):
                 "does not know. Way out: use another --kv-cache-dtype for this model."
             )
         pool, local, is_swa = self._layer(layer)
+        if pool.in_bf16(local):
+            if sinks is not None:
+                raise NotImplementedError("int4 KV cache: layers in BF16 are not supported for attention with sinks.")
+            return self._bf16_layers.forward(q, k, v, layer, forward_batch, save_kv_cache)
         if save_kv_cache and k is not None:
             loc = KVWriteLoc(forward_batch.out_cache_loc, self.plan.swa_loc)
             self.kv_pool.set_kv_buffer(layer, loc, k, v)
@@ -188,6 +194,8 @@ class Int4AttentionBackend(AttentionBackend):
             problem = f"has {layer.tp_k_head_num} KV heads, the pool {pool.head_num}"
         elif layer.xai_temperature_len > 0:
             problem = "scales its logits by position"
+        elif pool.in_bf16(local) and layer.logit_cap > 0:
+            problem = "caps its logits, which SGLang's attention over layers in BF16 does not"
         elif layer.logit_cap > 0 and layer.logit_capping_method != "tanh":
             problem = f"caps its logits by {layer.logit_capping_method}"
         if problem is not None:

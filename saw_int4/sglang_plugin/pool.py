@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
+from sglang.srt.mem_cache.memory_pool import KvBufferDesc, MHATokenToKVPool, unwrap_write_loc
 
 from saw_int4 import env, ops
 from saw_int4.format import KVFormat
@@ -16,17 +16,31 @@ from saw_int4.sglang_plugin.transform import KeyTransform
 class Int4KVPool(MHATokenToKVPool):
     """SGLang's multi-head KV pool over INT4 rows: ``k_buffer[layer]``, ``v_buffer[layer]`` uint8 [slots, H_kv, row].
 
+    Rows of a layer that stays in BF16 are the bytes of its numbers, moved like all others; its getters return numbers.
     The format comes from the options that the server's parent published, and is carried by ``quant_method``.
     """
 
-    def __init__(self, *args, head_dim, v_head_dim=None, quant_method=None, post_capture_active=False, **kwargs):
+    def __init__(
+        self,
+        *args,
+        head_dim,
+        layer_num,
+        start_layer=None,
+        v_head_dim=None,
+        quant_method=None,
+        post_capture_active=False,
+        **kwargs,
+    ):
         if v_head_dim not in (None, head_dim):
             raise ValueError(f"int4 KV cache: K head_dim {head_dim} and V head_dim {v_head_dim} differ.")
         if quant_method is not None or post_capture_active:
             raise ValueError("int4 KV cache: another quantization method, or post-capture sizing, is active.")
-        method = Int4KVMethod(env.published().kv_format(head_dim))
-        super().__init__(*args, head_dim=head_dim, quant_method=method, **kwargs)
-        self.layer_ids = list(range(self.start_layer, self.start_layer + self.layer_num))  # in the model
+        options, first = env.published(), start_layer or 0
+        self.layer_ids = list(range(first, first + layer_num))  # in the model
+        method = Int4KVMethod(options.kv_format(head_dim), [i in options.bf16_layer_ids for i in self.layer_ids])
+        super().__init__(
+            *args, head_dim=head_dim, layer_num=layer_num, start_layer=start_layer, quant_method=method, **kwargs
+        )
 
     @property
     def format(self) -> KVFormat:
@@ -53,16 +67,33 @@ class Int4KVPool(MHATokenToKVPool):
         """K and V rows of one of this pool's layers, uint8 [slots, H_kv, row_bytes]."""
         return self.k_buffer[local_layer], self.v_buffer[local_layer]
 
+    def in_bf16(self, local_layer: int) -> bool:
+        """Whether one of this pool's layers stays in BF16."""
+        return self.quant_method.in_bf16[local_layer]
+
+    def _get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        local = layer_id - self.start_layer
+        return self.k_buffer[local].view(torch.bfloat16) if self.in_bf16(local) else super()._get_key_buffer(layer_id)
+
+    def _get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        local = layer_id - self.start_layer
+        return self.v_buffer[local].view(torch.bfloat16) if self.in_bf16(local) else super()._get_value_buffer(layer_id)
+
     def _set_quantized_kv_buffer(
         self, layer_id, global_layer_id, loc_info, cache_k, cache_v, k_scale=None, v_scale=None
     ) -> None:
         loc, _, _ = unwrap_write_loc(loc_info)
         local = layer_id - self.start_layer
-        transform = self.transforms[local]
         shape = (-1, self.head_num, self.head_dim)
+        cache_k, cache_v = cache_k.view(shape), cache_v.view(shape)
+        if self.in_bf16(local):
+            for rows, new in zip(self.rows(local), (cache_k, cache_v)):
+                rows.view(torch.bfloat16)[loc] = new
+            return
+        transform = self.transforms[local]
         ops.append_kv(
-            cache_k.view(shape),
-            cache_v.view(shape),
+            cache_k,
+            cache_v,
             *self.rows(local),
             loc,
             rotation_order=self.format.rotation_order,
@@ -71,6 +102,14 @@ class Int4KVPool(MHATokenToKVPool):
             k_inv_scale=transform.inv_scale,
             k_sign=transform.sign,
         )
+
+    def _build_kv_buffer_descs(self) -> list[KvBufferDesc]:
+        """Of every buffer, in order K and V; SGLang's describe all as the first layer's. Read by transfers."""
+        buffers = [(name, i, rows) for name in "kv" for i, rows in enumerate(getattr(self, f"{name}_buffer"))]
+        return [
+            KvBufferDesc(f"{name}{i}", rows.shape, row_bytes=rows[0].numel(), tokens_per_row=1)
+            for name, i, rows in buffers
+        ]
 
     def set_kv_buffer_prefix_valid(self, *args, **kwargs) -> None:
         raise NotImplementedError("int4 KV cache: block-draft speculation (DFLASH) writes past the INT4 rows.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saw_int4.env import Options
+from saw_int4.env import BF16_LAYERS, Options
 from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE
 from saw_int4.sglang_plugin.speculation import MAX_DRAFTS
 
@@ -75,7 +75,7 @@ REFUSALS = [
 
 def check(server_args, options: Options) -> None:
     """ValueError for the first thing that the INT4 cache cannot serve."""
-    from sglang.srt.arg_groups.overrides import resolved_view
+    from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
 
     view = resolved_view(server_args)
     for refusal in REFUSALS:
@@ -92,6 +92,7 @@ def check(server_args, options: Options) -> None:
     check_backends(server_args)
     check_model(server_args, options)
     check_kernels(view.device)
+    check_bf16_layers(options, model_config_of(server_args), view)
     check_prefill_graph(view.cuda_graph_config)
 
 
@@ -105,6 +106,20 @@ def check_platform(algorithm: str | None) -> None:
             f"--speculative-algorithm {algorithm}: {type(current_platform).__name__} does not support it under this "
             "version of SGLang. Way out: drop it."
         )
+
+
+def check_bf16_layers(options: Options, model, view) -> None:
+    """ValueError where layers cannot stay in BF16: SGLang's attention on CPU serves them, over one pool."""
+    layers = options.for_model(model.num_hidden_layers).bf16_layers
+    problem = None
+    if layers and view.device != "cpu":
+        problem = f"are served on CPU only yet, this is {view.device}"
+    elif layers and view.speculative_algorithm:
+        problem = "are not served with speculative decoding"
+    elif layers and model.dtype != torch.bfloat16:
+        problem = f"need a model in bfloat16 (--dtype bfloat16), this one is in {model.dtype}"
+    if problem is not None:
+        raise ValueError(f"{BF16_LAYERS} (--saw-bf16-layers): layers {layers} {problem}. Way out: leave it out.")
 
 
 def check_dtype(server_args) -> None:

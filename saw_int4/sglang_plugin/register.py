@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE, sglang_version
+from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, sglang_version
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,9 @@ def hooks() -> dict[str, Callable]:
 
 def _register() -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
-    from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import KV_CACHE_QUANT_REGISTRY
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from saw_int4.sglang_plugin import native, server_args, verify
-    from saw_int4.sglang_plugin.quant_method import Int4KVMethod
 
     server_args.register_hooks()  # first: it carries the refusal of everything that fails below
     verify.tested_version()
@@ -98,7 +96,6 @@ def _register() -> None:
             HookRegistry.register(target, wrapper, HookType.AROUND)
     if ATTENTION_BACKEND not in ATTENTION_BACKENDS:
         register_attention_backend(ATTENTION_BACKEND)(make_backend)
-    KV_CACHE_QUANT_REGISTRY[KV_CACHE_DTYPE] = Int4KVMethod
 
 
 def make_backend(model_runner):

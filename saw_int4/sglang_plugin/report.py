@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from saw_int4 import env
 from saw_int4.sglang_plugin import register
 from saw_int4.sglang_plugin.names import KV_CACHE_DTYPE
 from saw_int4.sglang_plugin.pool import pools_of
@@ -22,6 +23,7 @@ def describe(kv_pool) -> dict:
         "row_bytes": lead.format.row_bytes,
         "bits_per_element": lead.format.bits_per_element,
         "capacity_ratio": lead.format.capacity_ratio,
+        "bf16_layers": sorted(env.published().bf16_layer_ids),
         "bytes_per_token": sum(p.bytes_per_token for p in parts),
         "bfloat16_bytes_per_token": sum(p.layer_num * p.head_num * p.head_dim * 2 * 2 for p in parts),
         "allocated_bytes": int(sum(sum(p.get_kv_size_bytes()) for p in parts)),
@@ -32,8 +34,9 @@ def start(scheduler, model_runner) -> None:
     """Log the format once, and export it when SGLang's metrics are on."""
     info = describe(model_runner.token_to_kv_pool)
     logger.info(
-        "saw_int4: serving [%s], %d tokens, %d bytes per token, seams %s",
+        "saw_int4: serving [%s], layers in BF16 %s, %d tokens, %d bytes per token, seams %s",
         info["format"],
+        info["bf16_layers"] or "none",
         model_runner.max_total_num_tokens,
         info["bytes_per_token"],
         " and ".join(sorted(set(register.seams().values()))),

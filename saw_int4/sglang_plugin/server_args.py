@@ -75,6 +75,8 @@ def _choose_backend(server_args, previous) -> None:
 def _accept_or_refuse(server_args, previous) -> None:
     """Refuse what cannot work, then publish the options for every process of this server."""
     if is_int4(server_args):
+        from sglang.srt.arg_groups.overrides import model_config_of
+
         from saw_int4.sglang_plugin import refusals, verify
 
         verify.plugin_in_place()
@@ -82,6 +84,7 @@ def _accept_or_refuse(server_args, previous) -> None:
         for note in notes:
             logger.warning("saw_int4: %s", note)
         refusals.check(server_args, options)
+        options = options.for_model(model_config_of(server_args).num_hidden_layers)
         if options.calibration == "auto":
             options = _calibrated(server_args, options)
         env.publish(options)

@@ -101,7 +101,8 @@ def serving(model_runner) -> None:
         fail(
             "speculative decoding of a model with sliding windows: a draft's window is not that of its place in a tree."
         )
-    across_ranks([p.format.fingerprint for p in pools_of(model_runner.token_to_kv_pool)])
+    bf16 = env.published().bf16_layers
+    across_ranks([f"{p.format.fingerprint} bf16 {bf16}" for p in pools_of(model_runner.token_to_kv_pool)])
 
 
 def windows(model: torch.nn.Module) -> bool:
@@ -127,9 +128,11 @@ def pool(model_runner) -> None:
             fail(f"the KV pool has {kv_pool.layer_num} layers, its transforms are {len(kv_pool.transforms)}.")
         if kv_pool.format.fingerprint != expected.fingerprint:
             fail(f"the KV pool holds [{kv_pool.format.describe()}], asked for is [{expected.describe()}].")
-        shape = (kv_pool.size + kv_pool.page_size, kv_pool.head_num, expected.row_bytes)
         for name, buffers in (("K", kv_pool.k_buffer), ("V", kv_pool.v_buffer)):
             for layer, rows in enumerate(buffers):
+                in_bf16 = kv_pool.layer_ids[layer] in options.bf16_layer_ids
+                row_bytes = 2 * kv_pool.head_dim if in_bf16 else expected.row_bytes
+                shape = (kv_pool.size + kv_pool.page_size, kv_pool.head_num, row_bytes)
                 if tuple(rows.shape) != shape or rows.dtype != torch.uint8 or not rows.is_contiguous():
                     fail(
                         f"{name} of layer {layer} is {tuple(rows.shape)} {rows.dtype}, expected contiguous {shape} "

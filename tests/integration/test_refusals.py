@@ -11,7 +11,7 @@ from sglang.srt.server_args import ServerArgs
 
 from saw_int4 import env
 from saw_int4.sglang_plugin import register, verify
-from saw_int4.sglang_plugin.names import FINGERPRINT_ATTRIBUTE
+from saw_int4.sglang_plugin.names import FINGERPRINT_ATTRIBUTE, sglang_version
 
 pytestmark = pytest.mark.both_versions
 
@@ -76,6 +76,8 @@ def test_other_caches_are_left_alone(model):
         ({"enable_two_batch_overlap": True}, "two-batch-overlap"),
         ({"enable_torch_compile": True}, "torch-compile"),
         ({"kv_canary": "log"}, "kv-canary"),
+        ({"speculative_algorithm": "EAGLE", "speculative_num_steps": 2}, "a draft model's cache"),
+        ({"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 65}, "at most 64"),
     ],
 )
 def test_arguments(model, arguments, said):
@@ -83,11 +85,32 @@ def test_arguments(model, arguments, said):
         start(model, **arguments)
 
 
+def test_ngram(model):
+    """SGLang 0.5.21 asks no platform outside it for a worker, and its own needs kernels that plain CPU has not."""
+    if sglang_version() == "0.5.21":
+        with pytest.raises(ValueError, match="CpuPlatform does not support it"):
+            start(model, speculative_algorithm="NGRAM")
+    else:
+        start(model, speculative_algorithm="NGRAM")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"dtype": "float16"}, "need a model in bfloat16"),
+        ({"speculative_algorithm": "NGRAM"}, "with speculative decoding|does not support it"),
+    ],
+)
+def test_layers_that_cannot_stay_in_bf16(model, monkeypatch, arguments, said):
+    monkeypatch.setenv(env.BF16_LAYERS, "0")
+    with pytest.raises(ValueError, match=said):
+        start(model, **arguments)
+
+
 def test_every_refused_field_exists():
     """A refusal that reads a field SGLang no longer has would refuse nothing."""
     import msgspec
 
-    from saw_int4.sglang_plugin.names import sglang_version
     from saw_int4.sglang_plugin.refusals import REFUSALS
 
     fields = {field.name for field in msgspec.structs.fields(ServerArgs)}
@@ -112,6 +135,7 @@ def test_prefill_graph():
         ({"SAW_INT4_ROTATION": "maybe"}, "expected one of"),
         ({"SAW_INT4_ROTATION_ORDER": "128"}, "divides head_dim 64"),
         ({"SAW_INT4_ROTATION": "none", "HADAMARD": "1"}, "Unset one of them"),
+        ({"SAW_INT4_BF16_LAYERS": "first:31"}, "layers 0 to 29"),
         ({"SGLANG_USE_HND_KVCACHE": "1"}, "SGLANG_USE_HND_KVCACHE"),
         ({"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "1"}, "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
     ],

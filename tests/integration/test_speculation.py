@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import CALIBRATED
 from server import Server
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from test_attention import H_KV, H_Q, PAGE, D, make_backend, make_layer
@@ -200,9 +202,10 @@ def test_sampled_answers_are_distributed_as_without_drafts():
 
 @pytest.fixture(scope="module")
 def drafting_server(model, logs):
+    """As ``int4_server``, with drafts."""
     args = ["--kv-cache-dtype", "int4", "--max-total-tokens", "1024", "--context-length", "512"]
     args += ["--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(DRAFTS)]
-    server = Server(model, logs / "ngram.log", *args)
+    server = Server(model, logs / "ngram.log", *args, HOME=str(logs), **CALIBRATED)
     try:
         yield server.ready()
     finally:
@@ -211,33 +214,30 @@ def drafting_server(model, logs):
 
 PROMPTS = [
     "Count: one two three four one two three four one two three four one two",
+    "The capital of France is",
     "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n\ndef mul(a, b):",
 ]
-NEW = 48
-
-
-def doubt(server: Server, ids: list[int]) -> tuple[float, dict]:
-    """Mean difference of the log probabilities that a greedy answer was given and is given when read as a prompt.
-
-    Not zero without drafts: BF16 rounds otherwise with other numbers of rows, and codes amplify that.
-    """
-    meta = server.generate(ids, NEW, return_logprob=True)["meta_info"]
-    answer = meta["output_token_logprobs"]
-    assert len(answer) == NEW
-    server.flush()
-    read = server.prompt_logprobs(ids + [token for _, token, _ in answer])[-NEW:]
-    return sum(abs(said[0] - again) for said, again in zip(answer, read)) / NEW, meta
 
 
 @pytest.mark.skipif(sglang_version() == "0.5.21", reason="has no ngram worker for platforms outside SGLang")
 def test_answers(drafting_server, int4_server, tokenizer):
-    """Through the engine: what verification said of its tokens is what a model that reads them says."""
+    """Greedy answers and their log probabilities are those of decoding, up to what BF16 rounds otherwise.
+
+    Other numbers of rows round otherwise, and near a tie that decides a token: compared is what comes before.
+    """
+    lengths = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt).input_ids
-        (drafted, meta), (plain, _) = doubt(drafting_server, ids), doubt(int4_server, ids)
-        print(f"{meta['spec_accept_length']:.2f} tokens a pass; doubt {drafted:.3f}, without drafts {plain:.3f}")
-        assert meta["spec_accept_length"] > 1.5
-        assert drafted < 2 * plain + 0.05
+        drafted, plain = (s.generate(ids, 48, return_logprob=True)["meta_info"] for s in (drafting_server, int4_server))
+        assert drafted["completion_tokens"] == 48
+        lengths.append(drafted["spec_accept_length"])
+        pairs = list(zip(drafted["output_token_logprobs"], plain["output_token_logprobs"], strict=True))
+        common = list(itertools.takewhile(lambda pair: pair[0][1] == pair[1][1], pairs))
+        gap = sum(abs(ours[0] - theirs[0]) for ours, theirs in common) / max(1, len(common))
+        print(f"{lengths[-1]:.2f} tokens a pass, {len(common)} tokens in common, log probabilities {gap:.4f} apart")
+        assert len(common) >= 8
+        assert gap < 0.08  # 0.02 was measured
+    assert max(lengths) > 2
 
 
 @pytest.mark.skipif(sglang_version() == "0.5.21", reason="has no ngram worker for platforms outside SGLang")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import msgspec
 import torch
 from sglang.srt.mem_cache.memory_pool import KvBufferDesc, MHATokenToKVPool, unwrap_write_loc
 
@@ -110,6 +111,15 @@ class Int4KVPool(MHATokenToKVPool):
             KvBufferDesc(f"{name}{i}", rows.shape, row_bytes=rows[0].numel(), tokens_per_row=1)
             for name, i, rows in buffers
         ]
+
+    def _mha_buffer_info(self):
+        """What HiCache's host tier and storage allocate and copy (SGLang 0.5.23): whole rows, as bytes."""
+        if any(self.quant_method.in_bf16):
+            raise NotImplementedError(
+                "int4 KV cache: SGLang's host tier has rows of one size only; layers are in BF16."
+            )
+        row = {"head_dim": self.format.row_bytes, "v_head_dim": self.format.row_bytes}
+        return msgspec.structs.replace(super()._mha_buffer_info(), head_num=self.head_num, **row)
 
     def set_kv_buffer_prefix_valid(self, *args, **kwargs) -> None:
         raise NotImplementedError("int4 KV cache: block-draft speculation (DFLASH) writes past the INT4 rows.")

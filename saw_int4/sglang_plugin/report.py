@@ -12,9 +12,9 @@ from saw_int4.sglang_plugin.pool import pools_of
 logger = logging.getLogger(__name__)
 
 
-def describe(kv_pool) -> dict:
-    """The format and the sizes of a server's INT4 cache, for server info and metrics."""
-    parts = pools_of(kv_pool)
+def describe(model_runner) -> dict:
+    """The format and the sizes of a rank's INT4 cache, for server info and metrics."""
+    parts = pools_of(model_runner.token_to_kv_pool)
     lead = parts[0]
     return {
         "dtype": KV_CACHE_DTYPE,
@@ -24,6 +24,7 @@ def describe(kv_pool) -> dict:
         "bits_per_element": lead.format.bits_per_element,
         "capacity_ratio": lead.format.capacity_ratio,
         "bf16_layers": sorted(env.published().bf16_layer_ids),
+        "capacity_tokens": model_runner.max_total_num_tokens,
         "bytes_per_token": sum(p.bytes_per_token for p in parts),
         "bfloat16_bytes_per_token": sum(p.layer_num * p.head_num * p.head_dim * 2 * 2 for p in parts),
         "allocated_bytes": int(sum(sum(p.get_kv_size_bytes()) for p in parts)),
@@ -32,12 +33,12 @@ def describe(kv_pool) -> dict:
 
 def start(scheduler, model_runner) -> None:
     """Log the format once, and export it when SGLang's metrics are on."""
-    info = describe(model_runner.token_to_kv_pool)
+    info = describe(model_runner)
     logger.info(
         "saw_int4: serving [%s], layers in BF16 %s, %d tokens, %d bytes per token, seams %s",
         info["format"],
         info["bf16_layers"] or "none",
-        model_runner.max_total_num_tokens,
+        info["capacity_tokens"],
         info["bytes_per_token"],
         " and ".join(sorted(set(register.seams().values()))),
     )
@@ -48,19 +49,23 @@ def start(scheduler, model_runner) -> None:
 def internal_state(original, self, recv_req):
     """AROUND Scheduler.get_internal_state: ``/server_info`` gains the key ``kv_cache_format``."""
     result = original(self, recv_req)
-    kv_pool = self.tp_worker.model_runner.token_to_kv_pool
     if self.server_args.kv_cache_dtype == KV_CACHE_DTYPE:
-        result.internal_state["kv_cache_format"] = describe(kv_pool)
+        result.internal_state["kv_cache_format"] = describe(self.tp_worker.model_runner)
     return result
+
+
+# Prometheus gauges, by what they show of ``describe``.
+GAUGES = {
+    "capacity_tokens": "Tokens that the KV cache of this rank holds.",
+    "bytes_per_token": "Bytes of KV cache that one token takes on this rank.",
+    "allocated_bytes": "Bytes that the KV cache takes on this rank.",
+}
 
 
 def _export(info: dict) -> None:
     from prometheus_client import Gauge
 
     labels = {"format": info["format"], "fingerprint": info["fingerprint"]}
-    Gauge(
-        "saw_int4_kv_bytes_per_token",
-        "Bytes of KV cache that one token takes on this rank.",
-        labelnames=list(labels),
-        multiprocess_mode="mostrecent",
-    ).labels(**labels).set(info["bytes_per_token"])
+    for name, meaning in GAUGES.items():
+        gauge = Gauge(f"saw_int4_kv_{name}", meaning, labelnames=list(labels), multiprocess_mode="mostrecent")
+        gauge.labels(**labels).set(info[name])

@@ -28,7 +28,11 @@ def test_format_is_reported(int4_server):
     metrics = int4_server.call("/metrics")
     line = next(line for line in metrics.splitlines() if line.startswith("saw_int4_kv_bytes_per_token{"))
     assert expected.fingerprint in line
-    assert float(line.rsplit(" ", 1)[1]) == 2 * 30 * 3 * 36
+    assert float(line.rsplit(" ", 1)[1]) == cache["bytes_per_token"] == 2 * 30 * 3 * 36
+    for name in ("capacity_tokens", "allocated_bytes"):
+        line = next(line for line in metrics.splitlines() if line.startswith(f"saw_int4_kv_{name}{{"))
+        assert float(line.rsplit(" ", 1)[1]) == cache[name]
+    assert cache["capacity_tokens"] == POOL_TOKENS and cache["bf16_layers"] == []
 
 
 def test_capacity(int4_server, bf16_server):

@@ -142,9 +142,10 @@ def decode_attention(
 
 
 def decode_workspace(device: torch.device, num_query_rows: int, num_q_heads: int, head_dim: int) -> Tensor | None:
-    """Scratch for ``decode_attention`` calls of up to ``num_query_rows`` rows: uint8, zeroed, reusable; None on CPU.
+    """Scratch for ``decode_attention`` calls of up to ``num_query_rows`` rows: uint8, zeroed; None on CPU.
 
-    Calls that may run at the same time need one each.
+    Reusable by calls with the same number of query heads and head_dim. Calls that may run at the same time need one
+    each.
     """
     if device.type != "cuda":
         return None

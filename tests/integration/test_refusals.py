@@ -281,3 +281,24 @@ def test_backend_other_than_ours(model, monkeypatch):
     runner.attn_backend = object()
     with pytest.raises(SystemExit, match="the attention backend is object"):
         verify.serving(runner)
+
+
+def test_drafts_for_a_model_with_windows(model):
+    """A draft's place among the query rows is not its depth in the tree, which its window would be counted from."""
+    import torch
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    from saw_int4.sglang_plugin.backend import Int4AttentionBackend
+    from saw_int4.sglang_plugin.pool import Int4KVPool
+
+    runner = Runner(start(model), make_pool(Int4KVPool))
+    runner.attn_backend = object.__new__(Int4AttentionBackend)
+    runner.spec_algorithm = SpeculativeAlgorithm.NGRAM
+    layers = [
+        RadixAttention(2, 64, 1.0, 2, layer_id, sliding_window_size=size) for layer_id, size in ((0, -1), (1, 32))
+    ]
+    runner.model = torch.nn.Sequential(*layers)
+    with pytest.raises(SystemExit, match="a model with sliding windows"):
+        verify.serving(runner)
+    assert not verify.windows(layers[0])

@@ -1,9 +1,10 @@
 """Builds saw_int4._C, one torch extension: CPU kernels always, CUDA kernels where torch and nvcc allow it.
 
 Environment:
-    SAW_INT4_CPU_ONLY=1   leave the CUDA kernels out even where they could be built
-    TORCH_CUDA_ARCH_LIST  architectures to build for (default: the GPUs present, else every supported one)
-    MAX_JOBS              parallel compile jobs
+    SAW_INT4_CPU_ONLY=1      leave the CUDA kernels out even where they could be built
+    SAW_INT4_NO_EXTENSION=1  compile nothing: the extension was built in place before (scripts/setup.sh)
+    TORCH_CUDA_ARCH_LIST     architectures to build for (default: the GPUs present, else every supported one)
+    MAX_JOBS                 parallel compile jobs
 """
 
 import os
@@ -70,7 +71,10 @@ def extension():
     cuda = with_cuda()
     patterns = ["csrc/*.cpp", "csrc/*/*_cpu*.cpp"] + (["csrc/*/*_cuda*.cu", "csrc/*/*_cuda*.cpp"] if cuda else [])
     sources = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
-    options = dict(sources=sources, include_dirs=[str(ROOT / "csrc")], extra_link_args=["-fopenmp"])
+    # torch's C++ runtime by name, for compilers told to link a private copy of it: symbols of two versions in one
+    # process get mixed, and the first number written to a stream crashes.
+    link = ["-fopenmp", "-lstdc++"]
+    options = dict(sources=sources, include_dirs=[str(ROOT / "csrc")], extra_link_args=link)
     if not cuda:
         return cpp_extension.CppExtension("saw_int4._C", extra_compile_args={"cxx": cxx}, **options)
     os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
@@ -84,6 +88,6 @@ def extension():
 
 setup(
     packages=find_packages(include=["saw_int4", "saw_int4.*"]),
-    ext_modules=[extension()],
+    ext_modules=[] if os.environ.get("SAW_INT4_NO_EXTENSION") == "1" else [extension()],
     cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
 )

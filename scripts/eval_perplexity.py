@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Perplexity of a served model with each KV cache, on fixed windows of the documentation that comes with Python.
 
-    scripts/eval_perplexity.py --model PATH [--windows 8] [--context 2048] [--caches bf16,none,k,kv]
+    scripts/eval_perplexity.py --model PATH [--windows 8] [--context 2048] [--caches bf16,none,k,kv,calibrated]
 
 Each cache gets its own server. Prompts are prefilled in chunks and every key and value is read back from the cache,
 so that attention sees what decoding would see. One line per cache.
@@ -52,21 +52,28 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--caches", default="bf16,none,k,kv", help="bf16, or a rotation of int4: none, k, kv")
+    parser.add_argument(
+        "--caches",
+        default="bf16,none,k,kv,calibrated",
+        help="bf16; int4 with a rotation alone: none, k, kv; calibrated: int4 as it is by default",
+    )
     parser.add_argument("--port", type=int, default=30100)
     args = parser.parse_args()
+    caches = args.caches.split(",")
+    if unknown := set(caches) - {"bf16", "calibrated", *env.ROTATIONS}:
+        parser.error(f"--caches {','.join(sorted(unknown))}: expected bf16, calibrated, {', '.join(env.ROTATIONS)}")
     windows = windows_of(args.model, args.windows, args.context)
     url = f"http://127.0.0.1:{args.port}"
     log = ROOT / ".cache" / "eval_perplexity.log"
     baseline = None
-    for cache in args.caches.split(","):
+    for cache in caches:
         command = [sys.executable, "-m", "saw_int4.launch_server", "--model-path", args.model]
         command += ["--host", "127.0.0.1", "--port", str(args.port), "--sleep-on-idle", "--skip-server-warmup"]
         command += ["--context-length", str(args.context + 8), "--max-total-tokens", str(args.context + 1024)]
         command += ["--kv-cache-dtype", "auto" if cache == "bf16" else "int4"]
         variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if cache != "bf16":
-            variables[env.ROTATION] = cache
+        if cache in env.ROTATIONS:
+            variables |= {env.ROTATION: cache, env.CALIBRATION: "none"}
         with log.open("w") as out:
             server = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True
@@ -79,7 +86,7 @@ def main() -> None:
             serve.stop(server)
         baseline = loss if baseline is None else baseline
         print(
-            f"{Path(args.model).name} kv={cache:5} context {args.context}, {args.windows} windows: "
+            f"{Path(args.model).name} kv={cache:10} context {args.context}, {args.windows} windows: "
             f"perplexity {math.exp(loss):.3f}, {math.exp(loss - baseline):.3f}x the first, "
             f"{time.monotonic() - started:.0f} s",
             flush=True,

@@ -77,7 +77,8 @@ install_sglang_cpu() {
   pip -r requirements/cpu.txt -r "$extra" "torch==$torch_cpu" "${torch_index[@]}" &&
     pip --no-deps "sglang==$version" "torchvision==$torchvision_cpu"
 }
-install_project() { MAX_JOBS=${MAX_JOBS:-$(nproc)} pip --no-build-isolation --no-deps -e .; }
+build_extension() { MAX_JOBS=${MAX_JOBS:-$(nproc)} "$venv/bin/python" setup.py build_ext --inplace; }
+install_project() { SAW_INT4_NO_EXTENSION=1 pip --no-build-isolation --no-deps -e .; }
 
 step environment "$(hash_of <("$python" -V))" make_venv
 if [ "$mode" = cuda ]; then
@@ -89,7 +90,11 @@ else
   step sglang "$version-$(hash_of requirements/cpu.txt "$extra")" install_sglang_cpu
 fi
 step test-tools "$(hash_of requirements/dev.txt)" pip -r requirements/dev.txt
-step saw-int4 "$(find csrc setup.py pyproject.toml -type f -print0 | sort -z | xargs -0 cat | sha256sum | cut -c1-12)" install_project
+# The extension lies in the tree: environments of one Python and torch share it.
+mapfile -t sources < <(find csrc setup.py -type f | sort)
+versions=$("$venv/bin/python" -c 'import sys; from importlib.metadata import version; print(sys.version, version("torch"))')
+stamps="$PWD/.cache" step extension "$(hash_of "${sources[@]}" <(echo "$mode $versions"))" build_extension
+step saw-int4 "$(hash_of setup.py pyproject.toml)" install_project
 
 say "ready ($mode)"
 echo "$venv/bin/python"

@@ -1,10 +1,13 @@
 """The attention backend ``saw_int4``: every key and value is written as an INT4 row, and read back from it.
 
-The new tokens' own keys are read back too: a cold prompt, a chunked one and a prefix hit then do the same arithmetic,
-and agree bit by bit when their chunk boundaries do.
+On a CPU the new tokens' own keys are read back too: a cold prompt, a chunked one and a prefix hit then do the same
+arithmetic, and agree bit by bit when their chunk boundaries do. On a GPU a long extend uses them fresh, as 16-bit
+numbers: a cold prompt then costs what it costs without INT4, and is as exact.
 """
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
@@ -14,14 +17,22 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from saw_int4 import ops
 from saw_int4.sglang_plugin import prefill, verify
-from saw_int4.sglang_plugin.plan import Plan, plan_decode, plan_extend, translate_slots
-from saw_int4.sglang_plugin.pool import Int4KVPool, locate
+from saw_int4.sglang_plugin.plan import Group, Plan, decode_limit, plan_decode, plan_extend, translate_slots
+from saw_int4.sglang_plugin.pool import Int4KVPool, locate, pools_of
 from saw_int4.sglang_plugin.speculation import VerifyBuffers, plan_verify
 from saw_int4.sglang_plugin.transform import KeyTransform
+
+logger = logging.getLogger(__name__)
+
+# Keys and values that a long extend gathers at a time. Allocated before CUDA graphs are captured, from the memory that
+# SGLang leaves outside of the KV pool for such things (FlashInfer's backend takes 384 MB of it).
+GATHER_BYTES = 128 << 20
 
 
 class Int4AttentionBackend(AttentionBackend):
     """Decode and short extends through decode_attention, long extends through gather_kv and 16-bit attention."""
+
+    needs_cpu_seq_lens = False  # decode reads lengths on the device; extends have their own on the host
 
     def __init__(self, model_runner) -> None:
         super().__init__()
@@ -37,6 +48,24 @@ class Int4AttentionBackend(AttentionBackend):
         self._bf16_layers = TorchNativeAttnBackend(model_runner)  # attention of layers that stay in BF16, on CPU only
         self._layers: dict[int, tuple[Int4KVPool, int, bool]] = {}  # checked layers, as pool.locate finds them
 
+        cuda = torch.device(self.kv_pool.device).type == "cuda"
+        self.fresh = cuda
+        pools, model = pools_of(self.kv_pool), model_runner.model_config
+        self.decode_limit = decode_limit(model.num_attention_heads // model.get_total_num_kv_heads(), cuda)
+        token_bytes = 2 * max(p.head_num * p.head_dim for p in pools) * model_runner.dtype.itemsize
+        self.capacity = max(GATHER_BYTES // token_bytes, 2 * (model_runner.sliding_window_size or 0))
+        self._gathered = torch.empty(self.capacity * token_bytes, dtype=torch.uint8, device=self.kv_pool.device)
+        logger.info(
+            "saw_int4: attention on %s: saw_int4 kernels for decode and extends of up to %d tokens; %s for longer "
+            "ones, their own keys %s, %d cached tokens at a time (%d MB)",
+            "CUDA" if cuda else "CPU",
+            self.decode_limit,
+            prefill.kernel_name(self._gathered.device),
+            "fresh" if self.fresh else "read back",
+            self.capacity,
+            self._gathered.numel() >> 20,
+        )
+
     # ---- metadata ------------------------------------------------------------------------------------------------
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False) -> None:
@@ -47,7 +76,7 @@ class Int4AttentionBackend(AttentionBackend):
         elif mode.is_target_verify():
             self.plan = plan_verify(forward_batch, self._verify_buffers)
         elif mode.is_extend() and not mode.is_draft_extend_v2():
-            self.plan = plan_extend(forward_batch)
+            self.plan = plan_extend(forward_batch, self.decode_limit, self.fresh)
         elif mode.is_idle():
             return
         else:
@@ -109,7 +138,7 @@ class Int4AttentionBackend(AttentionBackend):
         rows = [buffer.view(torch.uint8) for buffer in self.kv_pool.get_kv_buffer(layer.layer_id)]
 
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = torch.empty_like(q)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         options = dict(
             sm_scale=layer.scaling,
             logit_cap=layer.logit_cap,
@@ -119,9 +148,13 @@ class Int4AttentionBackend(AttentionBackend):
         table = self.plan.swa_table if is_swa else self.req_to_token_pool.req_to_token
         if self.plan.short is not None:
             self._short(q, rows, table, is_swa, out, pool, pool.transforms[local], options)
-        for request in self.plan.long:
-            slots = table[request.batch_row if is_swa else request.table_row]
-            self._long(request, q, rows, slots, out, pool, pool.transforms[local], options)
+        if self.plan.long:
+            new = None
+            if self.fresh and k is not None:
+                new = tuple(x.view(-1, pool.head_num, pool.head_dim) for x in (k, v))
+            groups = self.plan.groups(options["window"], is_swa, new is not None, table, self.capacity)
+            for group in groups:
+                self._long(group, q, new, rows, out, pool, pool.transforms[local], **options)
         out[self.plan.num_rows :] = 0
         return out.view(out.shape[0], -1)
 
@@ -151,29 +184,59 @@ class Int4AttentionBackend(AttentionBackend):
         if not whole:
             out[short.rows] = result
 
-    def _long(self, request, q, rows, slots, out, pool: Int4KVPool, transform: KeyTransform, options: dict) -> None:
-        order = pool.format.rotation_order
-        q = q[request.start : request.end]
-        window = options["window"]
-        low = max(0, request.prefix_len - window) if window >= 0 else 0  # older keys are out of every row's sight
-        slots = slots[low : request.seq_len]
-        k, v = (q.new_empty(len(slots), pool.head_num, pool.head_dim) for _ in range(2))
-        ops.gather_kv(*rows, slots, k, v)
-        shift = None
-        if transform.mean is not None:
-            group = q.shape[1] // pool.head_num
-            shift = torch.einsum("thd,hd->th", q.float(), transform.mean.repeat_interleave(group, 0))
-        result = prefill.attend(
-            ops.transform_rows(q, rotation_order=order, mul=transform.scale, sign=transform.sign),
-            k,
-            v,
-            first_position=request.prefix_len - low,
-            score_shift=shift,
-            **options,
-        )
-        if pool.format.rotate_v:
-            result = ops.transform_rows(result, rotation_order=order, out=result)
-        out[request.start : request.end] = result
+    def _long(
+        self, group: Group, q, new, rows, out, pool: Int4KVPool, transform: KeyTransform, *,
+        sm_scale, logit_cap, window, sinks,
+    ) -> None:  # fmt: skip
+        """16-bit attention. ``new``: K and V of the batch's tokens, used as they are; None: as the cache has them."""
+        order, rotate_v = pool.format.rotation_order, pool.format.rotate_v
+        q = q[group.rows]
+        if new is not None:
+            new = [x[group.rows] for x in new]
+        options = dict(sm_scale=sm_scale, window=window, logit_cap=logit_cap)
+        options["need_lse"] = sinks is not None or len(group.pieces) > 1
+        if not group.pieces:
+            sizes = (group.indptr, group.lens)
+            result, lse = prefill.attend(q, *new, *sizes, *sizes, causal=True, **options)
+        else:
+            if new is not None:
+                new[0] = ops.transform_rows(
+                    new[0], rotation_order=order, mean=transform.mean, mul=transform.inv_scale, sign=transform.sign
+                )
+                new[1] = ops.transform_rows(new[1], rotation_order=order) if rotate_v else new[1]
+            shift = None  # what centred keys leave out of every score: softmax does not see it, a cap and sinks do
+            if transform.mean is not None and (logit_cap > 0 or sinks is not None):
+                mean = transform.mean.repeat_interleave(q.shape[1] // pool.head_num, 0)
+                shift = torch.einsum("thd,hd->th", q.float(), mean)
+            result, lse = self._pieces(
+                group,
+                ops.transform_rows(q, rotation_order=order, mul=transform.scale, sign=transform.sign),
+                new,
+                rows,
+                pool,
+                score_shift=shift if logit_cap > 0 else None,
+                **options,
+            )
+            if rotate_v:
+                result = ops.transform_rows(result, rotation_order=order)
+            if shift is not None and logit_cap <= 0:
+                lse = lse + shift * sm_scale
+        out[group.rows] = result if sinks is None else prefill.add_sinks(result, lse, sinks)
+
+    def _pieces(self, group: Group, q, new, rows, pool: Int4KVPool, **options):
+        """Attention and its denominators in the transformed space, one workspace of keys after the other."""
+        total = None
+        for keys in group.pieces:
+            N, size = len(keys.slots), pool.head_num * pool.head_dim
+            k, v = self._gathered.view(q.dtype)[: 2 * N * size].view(2, N, pool.head_num, pool.head_dim)
+            ops.gather_kv(*rows, keys.slots, k, v)
+            if keys.own is not None:
+                k[keys.own], v[keys.own] = new
+            part = prefill.attend(
+                q, k, v, group.indptr, group.lens, keys.indptr, keys.lens, causal=keys.causal, **options
+            )
+            total = part if total is None else prefill.merge(*total, *part)
+        return total
 
     # ---- layers --------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -205,7 +206,8 @@ def drafting_server(model, logs):
     """As ``int4_server``, with drafts."""
     args = ["--kv-cache-dtype", "int4", "--max-total-tokens", "1024", "--context-length", "512"]
     args += ["--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(DRAFTS)]
-    server = Server(model, logs / "ngram.log", *args, HOME=str(logs), **CALIBRATED)
+    kept = {"SGLANG_JIT_CACHE_DIR": str(Path.home() / ".cache/sglang/jit")}  # SGLang compiles its ngram corpus once
+    server = Server(model, logs / "ngram.log", *args, HOME=str(logs), **kept, **CALIBRATED)
     try:
         yield server.ready()
     finally:

@@ -15,10 +15,10 @@ namespace saw_int4 {
 
 inline constexpr int kRowsPerTile = 8;     // query rows of one MMA
 inline constexpr int kTokensPerWarp = 32;  // tokens a warp takes from each tile
+inline constexpr int kRecordPadding = 4;   // words of a stored row of a piece beside O (merge.cuh)
 inline constexpr int kMaxWarps = 8;
 inline constexpr int kMaxStages = 4;
 inline constexpr int kDecodeScratchBytes = 96;  // of a block, for the walk along its work
-inline constexpr int kMaxMergePieces = 80;      // (pieces of a run) x (KV heads in a block), see heads_per_block
 
 // Query-row tiles the kernel is compiled for, by head_dim: 8, 16 or 32 rows per pass over the keys.
 constexpr int max_row_tiles(int head_dim) {
@@ -57,7 +57,8 @@ struct DecodePlan {
   int row_tiles = 0;         // n-tiles of 8 query rows per pass
   int warps = 0;             // per block
   int blocks = 0;            // of the grid
-  int heads_per_block = 0;   // KV heads; divides warps and num_kv_heads
+  int heads_per_block = 0;   // KV heads; a power of two, divides warps and num_kv_heads
+  int heads_shift = 0;       // its logarithm
   int head_groups = 0;       // num_kv_heads / heads_per_block
   int ways = 0;              // warps that share a KV head, each with other tokens
   int tile_tokens = 0;       // ways * kTokensPerWarp, a power of two
@@ -71,6 +72,7 @@ struct DecodePlan {
   uint32_t chunk_magic = 0;  // mul_hi(i, chunk_magic) == i / chunks_per_token for i < 2^16
   int token_stride = 0;      // bytes between tokens in shared memory; 16 mod 32, so that fragments miss no bank
   int stage_bytes = 0;       // K and V of one tile
+  int stages_bytes = 0;      // of shared memory for stages and merges
   int query_offset = 0;      // byte positions in shared memory, after the stages
   int slots_offset = 0;
   int rows_offset = 0;
@@ -98,6 +100,7 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   plan.token_stride = (plan.chunks_per_token * plan.chunk_bytes + 15) / 16 * 16;
   if (plan.token_stride % 32 == 0) plan.token_stride += 16;
   plan.head_groups = shape.num_kv_heads / plan.heads_per_block;
+  for (plan.heads_shift = 0; (1 << plan.heads_shift) < plan.heads_per_block;) ++plan.heads_shift;
   plan.ways = plan.warps / plan.heads_per_block;
   plan.tile_tokens = plan.ways * kTokensPerWarp;
   for (plan.tile_shift = 0; (1 << plan.tile_shift) < plan.tile_tokens;) ++plan.tile_shift;
@@ -105,18 +108,20 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   plan.group_magic = reciprocal(plan.group);
   plan.rows_per_head = std::min(plan.group * shape.max_q_len, kRowsPerTile * plan.row_tiles);
   plan.stage_bytes = 2 * plan.tile_tokens * plan.token_stride;
-  // The stages double as the place where the warps of a block merge one row tile.
-  const int merge_bytes = plan.warps * kRowsPerTile * ((shape.head_dim + 4) * 4 + 8);
-  plan.query_offset = (std::max(plan.stages * plan.stage_bytes, merge_bytes) + 15) / 16 * 16;
+  // The stages double as the place where the warps of a block merge one row tile. Before that, the last of them, which
+  // is filled last, is where a query passes through that is to stay in registers.
+  const int merge_bytes = plan.warps * kRowsPerTile * (shape.head_dim + kRecordPadding) * 4;
+  const int query = plan.heads_per_block * query_bytes(shape.head_dim, plan.row_tiles);
   const bool in_registers = query_in_registers(shape.head_dim, plan.row_tiles);
-  plan.slots_offset =
-      plan.query_offset + (in_registers ? 0 : plan.heads_per_block * query_bytes(shape.head_dim, plan.row_tiles));
+  if (in_registers) plan.stage_bytes = std::max(plan.stage_bytes, query);
+  plan.stages_bytes = std::max(plan.stages * plan.stage_bytes, merge_bytes);
+  plan.query_offset = in_registers ? (plan.stages - 1) * plan.stage_bytes : plan.stages_bytes;
+  plan.slots_offset = in_registers ? plan.stages_bytes : plan.stages_bytes + query;
   plan.rows_offset = plan.slots_offset + plan.stages * plan.tile_tokens * 4;
   plan.scratch_offset = plan.rows_offset + kRowsPerTile * plan.row_tiles * 16;
   plan.shared_bytes = plan.scratch_offset + kDecodeScratchBytes;
-  // Whole 16 bytes, so that every piece starts aligned.
   plan.piece_floats =
-      (static_cast<int64_t>(plan.heads_per_block) * plan.rows_per_head * (shape.head_dim + 2) + 3) / 4 * 4;
+      static_cast<int64_t>(plan.heads_per_block) * plan.rows_per_head * (shape.head_dim + kRecordPadding);
 }
 
 // How many pieces per query row the last block of a run adds up, when B requests share the grid evenly.
@@ -145,7 +150,7 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
       plan.blocks = device.sm_count * per_sm;
     }
     if (!fits) return false;
-    if (heads == 1 || merge_pieces(plan, shape) <= kMaxMergePieces) return true;
+    if (heads == 1 || merge_pieces(plan, shape) <= 40 + shape.num_requests) return true;
   }
   return false;
 }
@@ -167,7 +172,7 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
 inline int64_t partial_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim) {
   // Rows in flight per SM: 16 warps x 8 rows, or 8 warps x 16 or 32; up to 4 blocks share the rows of one request.
   const int64_t rows_per_sm = std::min<int64_t>(kMaxWarps * kRowsPerTile * 4, 4 * num_query_rows * num_q_heads);
-  return 2 * static_cast<int64_t>(sm_count) * rows_per_sm * (head_dim + 4) * 4;  // a piece rounds up to 16 bytes
+  return 2 * static_cast<int64_t>(sm_count) * rows_per_sm * (head_dim + kRecordPadding) * 4;
 }
 inline int64_t decode_workspace_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim) {
   return partial_bytes(sm_count, num_query_rows, num_q_heads, head_dim) + num_query_rows * num_q_heads * 4;

@@ -1,5 +1,5 @@
-// A block's walk along its stretch of units (schedule.h). Thread 0 walks and leaves each piece in shared memory, where
-// it costs no registers while the tiles run.
+// A block's walk along its stretch of units (schedule.h). One thread walks and leaves each piece in shared memory,
+// where it costs no registers while the tiles run.
 #pragma once
 
 #include "common/device.h"
@@ -23,7 +23,7 @@ struct QueryRows {
 
 // Stretch of tiles of one run that this block works on.
 struct Piece {
-  int request, seq_len, q_len;
+  int table_row, seq_len, q_len;  // of the request
   QueryRows rows;
   int kv_head;  // first of the block's
   int tile_begin, tile_end;
@@ -34,75 +34,67 @@ struct Piece {
   SAW_INT4_DEVICE int slot(int block) const { return block == first_block ? first_slot : 2 * block; }
 };
 
-SAW_INT4_DEVICE int query_len(const DecodeParams& p, int b) {
-  return p.q_indptr == nullptr ? p.max_q_len : dev::ld_global(p.q_indptr + b + 1) - dev::ld_global(p.q_indptr + b);
-}
+// What the walk reads of a request, in one trip to memory.
+struct Request {
+  int seq_len = 0, q_len = 0, first_token = 0, table_row = 0;
+};
 
-template <int NT>
-SAW_INT4_DEVICE int units_of(const DecodeParams& p, const DecodePlan& plan, int b) {
-  if (b >= p.num_requests) return 0;
-  return request_units(static_cast<int>(dev::ld_global(p.seq_lens + b)), query_len(p, b), p.window, plan.tile_shift,
-                       plan.group, kRowsPerTile * NT, plan.head_groups);
-}
-
-// Inclusive sum over the threads of the block, and the block's total. scratch: 4 bytes per warp.
-SAW_INT4_DEVICE int block_scan(int value, uint32_t scratch, int& total) {
-  const int lane = dev::lane_id(), warps = dev::thread_count() / 32;
-  SAW_INT4_UNROLL
-  for (int delta = 1; delta < 32; delta *= 2) {
-    const int below = dev::shfl_up(value, delta);
-    if (lane >= delta) value += below;
-  }
-  if (lane == 31) dev::st_shared<int32_t>(scratch + 4 * dev::warp_id(), value);
-  dev::block_sync();
-  total = 0;
-  SAW_INT4_UNROLL_BY(1)
-  for (int w = 0; w < warps; ++w) {
-    if (w == dev::warp_id()) value += total;
-    total += dev::ld_shared<int32_t>(scratch + 4 * w);
-  }
-  dev::block_sync();
-  return value;
+SAW_INT4_DEVICE Request fetch_request(const DecodeParams& p, int b) {
+  Request r;
+  if (b >= p.num_requests) return r;
+  r.seq_len = static_cast<int>(dev::ld_global(p.seq_lens + b));
+  r.table_row = static_cast<int>(dev::ld_global(p.table_rows + b));
+  r.first_token = p.q_indptr == nullptr ? b * p.max_q_len : dev::ld_global(p.q_indptr + b);
+  r.q_len = p.q_indptr == nullptr ? p.max_q_len : dev::ld_global(p.q_indptr + b + 1) - r.first_token;
+  return r;
 }
 
 template <int NT>
 class Cursor {
  public:
+  static constexpr int kFreeAt = 80;  // of the scratch: 16 bytes for the block's own use
   // scratch: kDecodeScratchBytes of shared memory, 16-byte aligned.
   SAW_INT4_DEVICE explicit Cursor(uint32_t scratch) : scratch_(scratch) {}
 
-  // Finds the request that holds the block's first unit. All threads. False when there is nothing to do for it.
-  SAW_INT4_DEVICE bool start(const DecodeParams& p, const DecodePlan& plan) const {
-    const int threads = dev::thread_count();
-    int total = 0;
-    // Mostly one round each: the sum, then the place.
-    SAW_INT4_UNROLL_BY(1)
-    for (int base = 0; base < p.num_requests; base += threads) {
-      int chunk = 0;
-      block_scan(units_of<NT>(p, plan, base + dev::thread_index()), scratch_, chunk);
-      total += chunk;
+  // Leaves the block's first piece in shared memory. All threads; a barrier must follow before anyone looks.
+  SAW_INT4_DEVICE void start(const DecodeParams& p, const DecodePlan& plan) const {
+    if (dev::warp_id() != 0) return;
+    // Each lane counts a few neighbouring requests; whoever counts the block's first unit goes on from there.
+    const int lane = dev::lane_id(), each = (p.num_requests + 31) / 32;
+    const Request first = fetch_request(p, lane * each);
+    int units = units_of(plan, p.window, first);
+    SAW_INT4_UNROLL_BY(4)
+    for (int i = 1; i < each; ++i) units += units_of(plan, p.window, fetch_request(p, lane * each + i));
+    int end = units;
+    SAW_INT4_UNROLL
+    for (int delta = 1; delta < 32; delta *= 2) {
+      const int below = dev::shfl_up(end, delta);
+      if (lane >= delta) end += below;
     }
-    const Stretches stretches(total, dev::block_count());
-    if (dev::block_index() >= stretches.blocks) return false;
-    const int begin = stretches.begin(dev::block_index());
-    SAW_INT4_UNROLL_BY(1)
-    for (int base = 0, before = 0; before <= begin; base += threads) {
-      const int b = base + dev::thread_index(), units = units_of<NT>(p, plan, b);
-      int chunk = 0;
-      const int end = before + block_scan(units, scratch_, chunk);
-      if (begin >= end - units && begin < end) save(total, begin, end - units, b);
-      before += chunk;
+    const int total = dev::shfl_idx(end, 31);
+    const Stretches stretches = cut(total, dev::block_count());
+    const int unit = stretches.begin(dev::block_index()), before = end - units;
+    if (unit >= total) {
+      if (lane == 0) dev::st_shared<int32_t>(scratch_ + kPieceAt, kNoPiece);
+    } else if (unit >= before && unit < end) {
+      const int stop = unit + stretches.units < total ? unit + stretches.units : total;
+      write_piece(p, plan, stretches, unit, stop, before, lane * each, first);
     }
-    return true;
   }
 
-  // Leaves the next piece in shared memory. All threads; false when the stretch is done.
-  SAW_INT4_DEVICE bool next(const DecodeParams& p, const DecodePlan& plan) const {
-    dev::block_sync();
-    if (dev::thread_index() == 0) advance(p, plan);
-    dev::block_sync();
-    return dev::ld_shared<int32_t>(scratch_ + kPieceAt) >= 0;
+  // Leaves the next piece in shared memory. All threads; a barrier must lie before and follow.
+  SAW_INT4_DEVICE void next(const DecodeParams& p, const DecodePlan& plan) const {
+    if (dev::thread_index() != 0) return;
+    const auto walk = dev::ld_shared<uint4>(scratch_);
+    const Stretches stretches{dev::ld_shared<int32_t>(scratch_ + 16)};
+    const int unit = static_cast<int>(walk.x), stop = static_cast<int>(walk.y), b = static_cast<int>(walk.w);
+    if (unit >= stop)
+      dev::st_shared<int32_t>(scratch_ + kPieceAt, kNoPiece);
+    else
+      write_piece(p, plan, stretches, unit, stop, static_cast<int>(walk.z), b, fetch_request(p, b));
   }
+
+  SAW_INT4_DEVICE bool has_piece() const { return dev::ld_shared<int32_t>(scratch_ + kPieceAt) != kNoPiece; }
 
   SAW_INT4_DEVICE Piece piece(const DecodePlan& plan) const {
     const auto a = dev::ld_shared<uint4>(scratch_ + kPieceAt), b = dev::ld_shared<uint4>(scratch_ + kPieceAt + 16);
@@ -113,53 +105,39 @@ class Cursor {
   }
 
  private:
-  static constexpr int kWalkAt = 32, kPieceAt = 48;
-  static_assert(kPieceAt + 48 <= kDecodeScratchBytes && 4 * kMaxWarps <= kWalkAt);
+  static constexpr int kPieceAt = 32, kNoPiece = -1;  // no request has this table row
+  static_assert(kPieceAt + 48 <= kFreeAt && kFreeAt + 16 <= kDecodeScratchBytes);
   uint32_t scratch_;
 
-  // Units in all, the next unit of this block, the units before its request, and the request.
-  SAW_INT4_DEVICE void save(int total, int unit, int before, int request) const {
-    const auto u = [](int x) { return static_cast<uint32_t>(x); };
-    dev::st_shared(scratch_ + kWalkAt, uint4{u(total), u(unit), u(before), u(request)});
+  static SAW_INT4_DEVICE int units_of(const DecodePlan& plan, int64_t window, const Request& r) {
+    return request_units(r.seq_len, r.q_len, window, plan.tile_shift, plan.group, kRowsPerTile * NT, plan.head_groups);
   }
 
-  SAW_INT4_DEVICE void advance(const DecodeParams& p, const DecodePlan& plan) const {
-    const auto walk = dev::ld_shared<uint4>(scratch_ + kWalkAt);
-    const int unit = static_cast<int>(walk.y);
-    int before = static_cast<int>(walk.z), b = static_cast<int>(walk.w);
-    const Stretches stretches(static_cast<int>(walk.x), dev::block_count());
-    const int end = stretches.begin(dev::block_index() + 1);
-    if (unit >= end) {
-      dev::st_shared<int32_t>(scratch_ + kPieceAt, -1);
-      return;
-    }
-    int seq_len = 0, q_len = 0, passes = 0;
-    TileRange range{0, 0};
+  // The piece that begins at `unit` and ends with its run or at `stop`, to shared memory, and where the walk goes on.
+  // before: units before request b; the unit lies in it or in a later one.
+  SAW_INT4_DEVICE void write_piece(const DecodeParams& p, const DecodePlan& plan, const Stretches& stretches, int unit,
+                                   int stop, int before, int b, Request r) const {
     SAW_INT4_UNROLL_BY(1)
-    for (;; ++b) {  // to the request that holds the unit; those without query rows hold none
-      seq_len = static_cast<int>(dev::ld_global(p.seq_lens + b));
-      q_len = query_len(p, b);
-      range = tile_range(seq_len, q_len, p.window, plan.tile_shift);
-      passes = row_passes(q_len, plan.group, kRowsPerTile * NT);
-      const int units = range.tiles * passes * plan.head_groups;
-      if (unit < before + units) break;
+    for (int units = units_of(plan, p.window, r); unit >= before + units; units = units_of(plan, p.window, r)) {
       before += units;
+      r = fetch_request(p, ++b);
     }
-    const int first_token = p.q_indptr == nullptr ? b * p.max_q_len : dev::ld_global(p.q_indptr + b);
-    const int run = (unit - before) / range.tiles, head_group = run / passes;
-    const int first_row = (run - head_group * passes) * kRowsPerTile * NT, left = q_len * plan.group - first_row;
+    const TileRange range = tile_range(r.seq_len, r.q_len, p.window, plan.tile_shift);
+    const int passes = row_passes(r.q_len, plan.group, kRowsPerTile * NT);
+    const int run = (unit - before) / range.tiles, head_group = passes == 1 ? run : run / passes;
+    const int first_row = (run - head_group * passes) * kRowsPerTile * NT, left = r.q_len * plan.group - first_row;
     const int run_begin = before + run * range.tiles, run_end = run_begin + range.tiles;
-    const int stop = end < run_end ? end : run_end;
+    const int end = stop < run_end ? stop : run_end;
     const int first_block = stretches.block_of(run_begin);
     const auto u = [](int x) { return static_cast<uint32_t>(x); };
-    dev::st_shared(scratch_ + kPieceAt, uint4{u(b), u(seq_len), u(q_len), u(first_token)});
-    dev::st_shared(scratch_ + kPieceAt + 16,
-                   uint4{u(first_row), u(left < kRowsPerTile * NT ? left : kRowsPerTile * NT),
-                         u(head_group * plan.heads_per_block), u(range.first_tile + unit - run_begin)});
-    dev::st_shared(scratch_ + kPieceAt + 32,
-                   uint4{u(range.first_tile + stop - run_begin), u(first_block), u(stretches.block_of(run_end - 1)),
-                         u(stretches.slot(run_begin, first_block))});
-    save(static_cast<int>(walk.x), stop, before, b);
+    const uint32_t at = scratch_ + kPieceAt;
+    dev::st_shared(at, uint4{u(r.table_row), u(r.seq_len), u(r.q_len), u(r.first_token)});
+    dev::st_shared(at + 16, uint4{u(first_row), u(left < kRowsPerTile * NT ? left : kRowsPerTile * NT),
+                                  u(head_group * plan.heads_per_block), u(range.first_tile + unit - run_begin)});
+    dev::st_shared(at + 32, uint4{u(range.first_tile + end - run_begin), u(first_block),
+                                  u(stretches.block_of(run_end - 1)), u(stretches.slot(run_begin, first_block))});
+    dev::st_shared(scratch_, uint4{u(end), u(stop), u(before), u(b)});
+    dev::st_shared<int32_t>(scratch_ + 16, stretches.units);
   }
 };
 

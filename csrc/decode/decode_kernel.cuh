@@ -55,9 +55,8 @@ SAW_INT4_DEVICE void rescale(Softmax<D, NT>& s, const float (&largest)[NT][2], f
   float v_keep = 1.f;
   if (v_scale >= s.v_cap && v_scale > 0.f) {  // the same in all lanes
     const uint32_t exponent = (dev::float_bits(v_scale) >> 23) + 1;
-    const float cap = dev::bits_float(exponent << 23);
-    v_keep = s.v_cap / cap;
-    s.v_cap = cap;
+    v_keep = s.v_cap * dev::bits_float((254 - exponent) << 23);
+    s.v_cap = dev::bits_float(exponent << 23);
     s.v_unit = dev::bits_float((254 + kWeightBits - exponent) << 23);
   }
   SAW_INT4_UNROLL
@@ -272,31 +271,20 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
   const int64_t token_bytes = static_cast<int64_t>(p.num_kv_heads) * row_bytes(D);
   const int block_head_bytes = piece.kv_head * row_bytes(D);
   const int inside_chunk = block_head_bytes % plan.chunk_bytes;
-  const TileSource source{p.slot_table + dev::ld_global(p.table_rows + piece.request) * p.table_stride,
-                          block_head_bytes - inside_chunk, token_bytes, piece.seq_len};
+  const TileSource source{p.slot_table + piece.table_row * p.table_stride, block_head_bytes - inside_chunk, token_bytes,
+                          piece.seq_len};
   const uint32_t slots = base + plan.slots_offset;
   const bool has_slot = thread < tile_tokens;
 
-  // Slots of the first `stages` tiles and the query, in one trip to memory; then the copies of all tiles but the last.
-  RawQuery<D, NT> raw_query;
-  fetch_query<D, NT>(raw_query, p, piece.rows, piece.kv_head + head);
+  // Slots of the first `stages` tiles and query rows, in one trip to memory; then the copies of all tiles but the last.
   int first_slots[kMaxStages];
   SAW_INT4_UNROLL
   for (int i = 0; i < kMaxStages; ++i)
     first_slots[i] =
         has_slot && i < stages ? fetch_slot(source, (piece.tile_begin + i) * tile_tokens + thread) : kPastEnd;
   int next_slot = has_slot ? fetch_slot(source, (piece.tile_begin + stages) * tile_tokens + thread) : kPastEnd;
-  SAW_INT4_UNROLL
-  for (int i = 0; i < kMaxStages; ++i)
-    if (has_slot && i < stages)
-      dev::st_shared<int32_t>(slots + (i * tile_tokens + thread) * 4, checked_slot(first_slots[i], p.num_slots));
-  dev::block_sync();
-  for (int i = 0; i < stages - 1; ++i) {
-    if (piece.tile_begin + i < piece.tile_end)
-      copy_tile<1>(p, plan, source, slots + i * tile_tokens * 4, base + i * plan.stage_bytes);
-    dev::cp_async_commit();
-  }
-
+  const QueryTurns<D, NT> turns{plan.heads_shift, piece.rows.rows};
+  RawQuery<D> raw_query = fetch_query(p, piece.rows, piece.kv_head, turns, 0);
   // What each query row sees. Rows of a pass: 0 .. rows - 1; the padding sees nothing.
   const int first_new = piece.seq_len - piece.q_len;
   const int first_position = first_new + piece.rows.token(0);
@@ -321,9 +309,28 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
   const int unmasked_end = p.tree_mask == nullptr ? first_position + 1 : first_new;
   const int64_t unmasked_begin = p.window >= 0 ? last_position - p.window : 0;
 
+  SAW_INT4_UNROLL
+  for (int i = 0; i < kMaxStages; ++i)
+    if (has_slot && i < stages)
+      dev::st_shared<int32_t>(slots + (i * tile_tokens + thread) * 4, checked_slot(first_slots[i], p.num_slots));
+  dev::block_sync();
+  SAW_INT4_UNROLL_BY(1)
+  for (int i = 0; i < stages - 1; ++i) {
+    if (piece.tile_begin + i < piece.tile_end)
+      copy_tile<4>(p, plan, source, slots + i * tile_tokens * 4, base + i * plan.stage_bytes);
+    dev::cp_async_commit();
+  }
+
+  SAW_INT4_UNROLL_BY(1)
+  for (int turn = 0; turns.has(turn); ++turn) {
+    const RawQuery<D> raw = raw_query;
+    raw_query = fetch_query(p, piece.rows, piece.kv_head, turns, turn + 1);
+    transform_query(p, piece.kv_head, turns, turn, raw, base + plan.query_offset);
+  }
+  dev::block_sync();
   Query<D, NT> query;
   query.shared = base + plan.query_offset + head * query_bytes(D, NT);
-  transform_query<D, NT>(query, raw_query, p, piece.rows, piece.kv_head + head, way == 0);
+  query.load();
   const float cap = p.logit_cap * kLog2e;
 
   const uint32_t my_rows = (way * kTokensPerWarp) * plan.token_stride + inside_chunk + head * row_bytes(D);
@@ -352,18 +359,24 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
   dev::cp_async_wait<0>();
 }
 
-// Where a row of the piece goes, when it is finished.
+// Rows of a piece in the order in which they are stored: those of all the block's heads, heads fastest.
 template <int D>
-SAW_INT4_DEVICE void finish_row(const DecodeParams& p, const Piece& piece, RowPiece<D>& sum, int head, int row) {
+SAW_INT4_DEVICE void finish_row(const DecodeParams& p, const DecodePlan& plan, const Piece& piece, RowPiece<D>& sum,
+                                int index) {
+  const int head = index & (plan.heads_per_block - 1), row = index >> plan.heads_shift;
   write_row<D>(p, sum, piece.rows.first_token + piece.rows.token(row),
                (piece.kv_head + head) * piece.rows.group + piece.rows.head(row));
+}
+
+SAW_INT4_DEVICE uint8_t* piece_memory(const DecodeParams& p, const DecodePlan& plan, const Piece& piece, int block) {
+  return static_cast<uint8_t*>(p.workspace) + piece.slot(block) * plan.piece_floats * 4;
 }
 
 // The softmax states of the block's warps to finished rows, or to the block's slot of the workspace.
 template <int D, int NT>
 SAW_INT4_DEVICE void write_piece(Softmax<D, NT>& s, const DecodeParams& p, const DecodePlan& plan, const Piece& piece) {
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
-  const WarpPieces<D> pieces{dev::shared_base(), plan.warps};
+  const uint32_t records = dev::shared_base(), mine = records + dev::warp_id() * kRowsPerTile * Record<D>::kBytes;
   const float unit = s.v_cap * (1.f / (1 << kWeightBits));
   SAW_INT4_UNROLL
   for (int nt = 0; nt < NT; ++nt) {
@@ -376,13 +389,13 @@ SAW_INT4_DEVICE void write_piece(Softmax<D, NT>& s, const DecodeParams& p, const
         l += dev::shfl_xor(l, mask);
         extra += dev::shfl_xor(extra, mask);
       }
-      const int row = 2 * c + u;
-      if (g == 0) dev::st_shared(pieces.sums(dev::warp_id(), row), float2{s.m[nt][u], l});
+      const uint32_t record = mine + (2 * c + u) * Record<D>::kBytes;
+      if (g == 0) dev::st_shared(record + Record<D>::kSumsAt, float2{s.m[nt][u], l});
       SAW_INT4_UNROLL
       for (int wg = 0; wg < Softmax<D, NT>::kWordGroups; ++wg) {
         const int word = 8 * wg + g;
         if (word >= D / kCodesPerWord) continue;
-        const uint32_t at = pieces.values(dev::warp_id(), row) + word * kCodesPerWord * 4;
+        const uint32_t at = record + word * kCodesPerWord * 4;
         SAW_INT4_UNROLL
         for (int half = 0; half < 2; ++half) {
           const auto& a = s.o[nt][4 * wg + 2 * half];
@@ -393,21 +406,63 @@ SAW_INT4_DEVICE void write_piece(Softmax<D, NT>& s, const DecodeParams& p, const
       }
     }
     dev::block_sync();
-    for (int i = dev::warp_id(); i < plan.heads_per_block * kRowsPerTile; i += plan.warps) {
-      const int head = i / kRowsPerTile, row = nt * kRowsPerTile + i % kRowsPerTile;
-      if (row >= piece.rows.rows) continue;
-      RowPiece<D> sum = merge_warps<D>(pieces, head * plan.ways, plan.ways, i % kRowsPerTile);
-      if (piece.first_block == piece.last_block)
-        finish_row<D>(p, piece, sum, head, row);
-      else
-        store_piece<D>(BlockPiece<D>(p, plan, piece.slot(dev::block_index())), head * plan.rows_per_head + row, sum);
+    const int left = piece.rows.rows - nt * kRowsPerTile, used = left < kRowsPerTile ? left : kRowsPerTile;
+    for (int i = dev::warp_id(); i < used << plan.heads_shift; i += plan.warps) {
+      const int head = i & (plan.heads_per_block - 1), row = i >> plan.heads_shift;
+      const int index = i + (nt * kRowsPerTile << plan.heads_shift);
+      RowPiece<D> sum = sum_records<D>(records + (head * plan.ways * kRowsPerTile + row) * Record<D>::kBytes,
+                                       kRowsPerTile * Record<D>::kBytes, plan.ways);
+      if (piece.first_block == piece.last_block) {
+        finish_row<D>(p, plan, piece, sum, index);
+      } else {
+        uint8_t* to = piece_memory(p, plan, piece, dev::block_index()) + index * Record<D>::kBytes;
+        store_record(sum, [&](int at, const float4& x) { dev::st_global(reinterpret_cast<float4*>(to + at), x); });
+      }
     }
   }
 }
 
-// Counts this block's piece; the last of the run's blocks adds them all up.
+// Adds up the pieces of a run and writes its rows. All pieces of as many rows as fit come to shared memory at once;
+// where not even the fewest rows' do, record 0 holds what the rounds before have added up.
 template <int D>
-SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, const Piece& piece, uint32_t scratch) {
+SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, const Piece& piece) {
+  constexpr int kRow = Record<D>::kBytes;
+  const uint32_t base = dev::shared_base();
+  const int pieces = piece.last_block - piece.first_block + 1, all_rows = piece.rows.rows << plan.heads_shift;
+  const int fitting = plan.stages_bytes / (pieces * kRow), at_once = fitting < plan.warps ? plan.warps : fitting;
+  SAW_INT4_UNROLL_BY(1)
+  for (int first_row = 0; first_row < all_rows; first_row += at_once) {
+    const int rows = all_rows - first_row < at_once ? all_rows - first_row : at_once, bytes = rows * kRow;
+    const int room = plan.stages_bytes / bytes;
+    SAW_INT4_UNROLL_BY(1)
+    for (int done = 0; done < pieces;) {
+      const int kept = done > 0 ? 1 : 0, left = pieces - done, more = left < room - kept ? left : room - kept;
+      SAW_INT4_UNROLL_BY(1)
+      for (int i = dev::warp_id(); i < more; i += plan.warps) {
+        const uint8_t* from = piece_memory(p, plan, piece, piece.first_block + done + i) + first_row * kRow;
+        SAW_INT4_UNROLL_BY(4)
+        for (int at = 16 * dev::lane_id(); at < bytes; at += 16 * 32)
+          dev::cp_async_zfill<16>(base + (kept + i) * bytes + at, from + at, true);
+      }
+      dev::cp_async_commit();
+      dev::cp_async_wait<0>();
+      dev::block_sync();
+      done += more;
+      for (int row = dev::warp_id(); row < rows; row += plan.warps) {
+        const uint32_t records = base + row * kRow;
+        RowPiece<D> sum = sum_records<D>(records, bytes, kept + more);
+        if (done == pieces)
+          finish_row<D>(p, plan, piece, sum, first_row + row);
+        else
+          store_record(sum, [&](int at, const float4& x) { dev::st_shared(records + at, x); });
+      }
+      dev::block_sync();
+    }
+  }
+}
+
+// Counts this block's piece of a run; true for the last of the run's blocks.
+SAW_INT4_DEVICE bool arrives_last(const DecodeParams& p, const Piece& piece, uint32_t scratch) {
   // The counter is that of the run's first query row and head.
   const int64_t first_row = static_cast<int64_t>(piece.rows.first_token + piece.rows.token(0)) * p.num_q_heads +
                             piece.kv_head * piece.rows.group + piece.rows.head(0);
@@ -418,15 +473,10 @@ SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, co
   if (dev::thread_index() == 0) dev::st_shared<uint32_t>(scratch, dev::atomic_add_u32(counter, 1));
   dev::block_sync();
   const int arrived = static_cast<int>(dev::ld_shared<uint32_t>(scratch)) + 1;
-  if (arrived != piece.last_block - piece.first_block + 1) return;
+  if (arrived != piece.last_block - piece.first_block + 1) return false;
   dev::thread_fence();
   if (dev::thread_index() == 0) dev::st_global(counter, 0u);  // for the next launch
-  for (int i = dev::warp_id(); i < plan.heads_per_block * plan.rows_per_head; i += plan.warps) {
-    const int head = i / plan.rows_per_head, row = i % plan.rows_per_head;
-    if (row >= piece.rows.rows) continue;
-    RowPiece<D> sum = merge_blocks<D>(p, plan, piece, i);
-    finish_row<D>(p, piece, sum, head, row);
-  }
+  return true;
 }
 
 template <int D, int NT>
@@ -434,14 +484,19 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * kMaxWarps, blocks_by_registers(D, NT
     saw_int4_decode_kernel(const DecodeParams p, const DecodePlan plan) {
   const uint32_t scratch = dev::shared_base() + plan.scratch_offset;
   const Cursor<NT> cursor(scratch);
-  if (!cursor.start(p, plan)) return;
-  while (cursor.next(p, plan)) {
+  cursor.start(p, plan);
+  dev::block_sync();
+  while (cursor.has_piece()) {
+    const Piece piece = cursor.piece(plan);
     Softmax<D, NT> state;
     reset<D, NT>(state);
-    run_tiles<D, NT>(state, p, plan, cursor.piece(plan));
-    const Piece piece = cursor.piece(plan);
+    run_tiles<D, NT>(state, p, plan, piece);
     write_piece<D, NT>(state, p, plan, piece);
-    if (piece.first_block != piece.last_block) merge_run<D>(p, plan, piece, scratch);
+    if (piece.first_block != piece.last_block && arrives_last(p, piece, scratch + cursor.kFreeAt))
+      merge_run<D>(p, plan, piece);
+    dev::block_sync();
+    cursor.next(p, plan);
+    dev::block_sync();
   }
 }
 

@@ -1,9 +1,10 @@
 // The query rows of one KV head as MMA operands: q' = sign * H_R(q * s), then normalised by a power of two to |q'| <= 1
 // and rounded to fp16, so that outliers neither overflow nor flush their row.
 //
-// lane = 4g + c holds, of query row g of each row tile, the channels of words 4j + c, j = 0, 1, ...: exactly what the
-// B fragments of k-steps 2j and 2j + 1 need. Hadamard strides 1, 2, 4 lie in a lane, 8 and 16 across c, the rest across
-// j. Loaded, transformed and rounded once per (request, KV head), no shared memory needed.
+// The warps of a block share the rows of all its heads: a row is transformed once, by 16 or 32 lanes that hold 4 or 8
+// neighbouring channels each, and left in shared memory as the fragments that every warp of its head then reads. There
+// lane = 4g + c finds, of query row g of each row tile, the channels of words 4j + c, j = 0, 1, ...: exactly what the
+// B fragments of k-steps 2j and 2j + 1 need.
 //
 // Scores (in units of log2): a key with codes x, scale a and offset o gives
 //     k * (a * (q'.biased(x) - 1024 sum(r)) + o * qsum) + c0,    r: the rounded operands
@@ -20,6 +21,17 @@ namespace saw_int4 {
 
 inline constexpr float kLog2e = 1.44269504088896340736f;
 
+// Four 16-bit floats, fp16 or bf16.
+SAW_INT4_DEVICE void widen_four(const uint2& v, bool is_fp16, float* x) {
+  const uint32_t words[2] = {v.x, v.y};
+  SAW_INT4_UNROLL
+  for (int j = 0; j < 2; ++j) {
+    const auto lo = static_cast<uint16_t>(words[j]), hi = static_cast<uint16_t>(words[j] >> 16);
+    x[2 * j] = is_fp16 ? dev::f16_to_float(lo) : dev::bf16_to_float(lo);
+    x[2 * j + 1] = is_fp16 ? dev::f16_to_float(hi) : dev::bf16_to_float(hi);
+  }
+}
+
 // What turns the accumulators of query rows 8*nt + 2c + u, u = 0, 1, into logits: see above.
 struct ScoreTerms {
   float k, bias, qsum, c0;  // bias and qsum are multiplied by k already
@@ -34,172 +46,176 @@ struct Query {
 
   uint4 registers[kInRegisters ? NT : 1][kInRegisters ? kWords : 1];
   ScoreTerms register_terms[kInRegisters ? NT : 1][2];
-  uint32_t shared;  // address of the KV head's fragments and terms, when they lie in shared memory
+  uint32_t shared;  // address of the KV head's fragments and terms
 
-  SAW_INT4_DEVICE uint32_t fragment_at(int nt, int j) const {
-    return shared + (nt * kWords + j) * 512 + dev::lane_id() * 16;
-  }
   SAW_INT4_DEVICE uint4 fragment(int nt, int j) const {
-    if constexpr (kInRegisters)
-      return registers[nt][j];
-    else
-      return dev::ld_shared<uint4>(fragment_at(nt, j));
+    return kInRegisters ? registers[nt][j] : shared_fragment(nt, j);
   }
-  SAW_INT4_DEVICE uint32_t terms_at(int row) const { return shared + kTermsAt + row * 16; }
   SAW_INT4_DEVICE ScoreTerms terms(int nt, int u) const {
+    return kInRegisters ? register_terms[nt][u] : shared_terms(nt, u);
+  }
+  // Takes the head's rows out of shared memory for good, where registers have room for them.
+  SAW_INT4_DEVICE void load() {
     if constexpr (kInRegisters) {
-      return register_terms[nt][u];
-    } else {
-      const auto t = dev::ld_shared<float4>(terms_at(nt * kRowsPerTile + 2 * (dev::lane_id() % 4) + u));
-      return {t.x, t.y, t.z, t.w};
+      SAW_INT4_UNROLL
+      for (int nt = 0; nt < NT; ++nt) {
+        SAW_INT4_UNROLL
+        for (int j = 0; j < kWords; ++j) registers[nt][j] = shared_fragment(nt, j);
+        SAW_INT4_UNROLL
+        for (int u = 0; u < 2; ++u) register_terms[nt][u] = shared_terms(nt, u);
+      }
     }
+  }
+
+ private:
+  SAW_INT4_DEVICE uint4 shared_fragment(int nt, int j) const {
+    return dev::ld_shared<uint4>(shared + (nt * kWords + j) * 512 + dev::lane_id() * 16);
+  }
+  SAW_INT4_DEVICE ScoreTerms shared_terms(int nt, int u) const {
+    const int row = nt * kRowsPerTile + 2 * (dev::lane_id() % 4) + u;
+    const auto t = dev::ld_shared<float4>(shared + kTermsAt + row * 16);
+    return {t.x, t.y, t.z, t.w};
   }
 };
 
-// The rows as they lie in memory. Fetched without a branch, so that all loads are in flight together, and before the
-// copies are issued; rows and channels past the end are those of the first, and zeroed when used.
+// How a row lies while it is transformed: lane i of kLanes has channels kChannels * i and on; those past the row's end
+// only take part in shuffles.
+template <int D>
+struct QueryLanes {
+  static constexpr int kChannels = D <= 128 ? 4 : 8, kLanes = D <= 64 ? 16 : 32;
+  static SAW_INT4_DEVICE int channel() { return dev::lane_id() % kLanes * kChannels; }
+};
+
+// The rows of a pass and of all the block's heads, dealt out to warps: turn t of a warp is 32 / kLanes of them. Heads
+// count fastest, so that the rows in use come first.
 template <int D, int NT>
+struct QueryTurns {
+  static constexpr int kLanes = QueryLanes<D>::kLanes, kRowsPerTurn = 32 / kLanes;
+  int heads_shift, rows;  // log2 of the block's heads; rows in use
+
+  SAW_INT4_DEVICE int first(int turn) const {
+    return (turn * (dev::thread_count() / 32) + dev::warp_id()) * kRowsPerTurn;
+  }
+  SAW_INT4_DEVICE bool has(int turn) const { return first(turn) < kRowsPerTile * NT << heads_shift; }
+  SAW_INT4_DEVICE bool any_used(int turn) const { return first(turn) >> heads_shift < rows; }
+  SAW_INT4_DEVICE int index(int turn) const { return first(turn) + dev::lane_id() / kLanes; }
+  SAW_INT4_DEVICE int row(int turn) const { return index(turn) >> heads_shift; }
+  SAW_INT4_DEVICE int head(int turn) const { return index(turn) & ((1 << heads_shift) - 1); }
+  SAW_INT4_DEVICE bool used(int turn) const { return row(turn) < rows && QueryLanes<D>::channel() < D; }
+};
+
+// The lane's channels of its row, as they lie in memory; zeros where there are none.
+template <int D>
 struct RawQuery {
-  uint4 words[NT][query_words_per_lane(D)];
+  uint2 words[QueryLanes<D>::kChannels / 4];
 };
 
 template <int D, int NT>
-SAW_INT4_DEVICE void fetch_query(RawQuery<D, NT>& raw, const DecodeParams& p, const QueryRows& rows, int kv_head) {
-  const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
+SAW_INT4_DEVICE RawQuery<D> fetch_query(const DecodeParams& p, const QueryRows& rows, int kv_head,
+                                        const QueryTurns<D, NT>& turns, int turn) {
+  RawQuery<D> raw = {};
+  if (!turns.used(turn)) return raw;
+  const int row = turns.row(turn), q_head = (kv_head + turns.head(turn)) * rows.group + rows.head(row);
+  const auto* base = static_cast<const uint16_t*>(p.q) + (rows.first_token + rows.token(row)) * p.q_token_stride;
+  const auto* words = reinterpret_cast<const uint2*>(base + (q_head * D + QueryLanes<D>::channel()));
   SAW_INT4_UNROLL
-  for (int nt = 0; nt < NT; ++nt) {
-    const int row = nt * kRowsPerTile + g < rows.rows ? nt * kRowsPerTile + g : 0;
-    const auto* base = static_cast<const uint16_t*>(p.q) + ((rows.first_token + rows.token(row)) * p.q_token_stride +
-                                                            (kv_head * rows.group + rows.head(row)) * D);
-    SAW_INT4_UNROLL
-    for (int j = 0; j < query_words_per_lane(D); ++j) {
-      const int channel = 8 * (4 * j + c) < D ? 8 * (4 * j + c) : 0;
-      raw.words[nt][j] = dev::ld_global(reinterpret_cast<const uint4*>(base + channel));
-    }
-  }
+  for (int i = 0; i < QueryLanes<D>::kChannels / 4; ++i) raw.words[i] = dev::ld_global(words + i);
+  return raw;
 }
 
-template <int D, int NT>
-SAW_INT4_DEVICE void transform_query(Query<D, NT>& query, const RawQuery<D, NT>& raw, const DecodeParams& p,
-                                     const QueryRows& rows, int kv_head, bool writes_shared) {
-  constexpr int kWords = Query<D, NT>::kWords;
-  const int c = dev::lane_id() % 4, order = p.transform.rotation_order;
-  const float norm = hadamard_norm(order);
+// The lane's channels as MMA operands; the row's terms, the same in all its lanes.
+template <int D>
+struct TransformedQuery {
+  uint32_t pairs[QueryLanes<D>::kChannels / 2] = {};
+  ScoreTerms terms{0.f, 0.f, 0.f, 0.f};
+};
+
+// channel: the lane's first, of all KV heads; in_row: the lane has any.
+template <int D>
+SAW_INT4_DEVICE TransformedQuery<D> transform_row(const DecodeParams& p, const RawQuery<D>& raw, int channel,
+                                                  bool in_row) {
+  constexpr int N = QueryLanes<D>::kChannels, kLanes = QueryLanes<D>::kLanes;
+  const int order = p.transform.rotation_order;
+  const bool calibrated = p.transform.k_mean != nullptr && in_row;
+  const auto factors = [&](const float* base, int i) {
+    return dev::ld_global(reinterpret_cast<const float4*>(base + channel + i));
+  };
+  float x[N], mean_score = 0.f;
   SAW_INT4_UNROLL
-  for (int nt = 0; nt < NT; ++nt) {
-    const bool used = nt * kRowsPerTile + dev::lane_id() / 4 < rows.rows;
-    float x[kWords][8], mean_score = 0.f;
+  for (int i = 0; i < N; i += 4) widen_four(raw.words[i / 4], p.dtype == DType::kFloat16, &x[i]);
+  if (calibrated) {
     SAW_INT4_UNROLL
-    for (int j = 0; j < kWords; ++j) {
-      const int channel = 8 * (4 * j + c);
-      const uint4 zero{0, 0, 0, 0};
-      widen_half(used && channel < D ? raw.words[nt][j] : zero, p.dtype == DType::kFloat16, x[j]);
-      if (p.transform.k_mean == nullptr || channel >= D) continue;
-      float mean[8], scale[8];
-      load_channels<DType::kFloat32>(p.transform.k_mean, kv_head * D + channel, mean);
-      load_channels<DType::kFloat32>(p.transform.k_scale, kv_head * D + channel, scale);
-      SAW_INT4_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        mean_score = dev::fma_rn(x[j][i], mean[i], mean_score);
-        x[j][i] *= scale[i];
-      }
-    }
-    SAW_INT4_UNROLL
-    for (int j = 0; j < kWords; ++j) {
-      SAW_INT4_UNROLL
-      for (int stride = 1; stride < 8; stride *= 2) {
-        if (stride >= order) continue;
-        SAW_INT4_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          if (i & stride) continue;
-          const float lo = x[j][i], hi = x[j][i + stride];
-          x[j][i] = lo + hi;
-          x[j][i + stride] = lo - hi;
-        }
-      }
-      SAW_INT4_UNROLL
-      for (int mask = 1; mask < 4; mask *= 2) {
-        if (8 * mask >= order) continue;
-        SAW_INT4_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          const float other = dev::shfl_xor(x[j][i], mask);
-          x[j][i] = c & mask ? other - x[j][i] : x[j][i] + other;
-        }
-      }
-    }
-    SAW_INT4_UNROLL
-    for (int mask = 1; mask < kWords; mask *= 2) {
-      if (32 * mask >= order) continue;
-      SAW_INT4_UNROLL
-      for (int j = 0; j < kWords; ++j) {
-        // Where D is no power of two, order stays below it and no partner lies past the end.
-        if ((j & mask) || j + mask >= kWords) continue;
-        SAW_INT4_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          const float lo = x[j][i], hi = x[j + mask][i];
-          x[j][i] = lo + hi;
-          x[j + mask][i] = lo - hi;
-        }
-      }
-    }
-    float largest = 0.f;
-    SAW_INT4_UNROLL
-    for (int j = 0; j < kWords; ++j) {
-      const int channel = 8 * (4 * j + c);
-      if (p.transform.k_sign != nullptr && channel < D) {
-        float sign[8];
-        load_channels<DType::kFloat32>(p.transform.k_sign, kv_head * D + channel, sign);
-        SAW_INT4_UNROLL
-        for (int i = 0; i < 8; ++i) x[j][i] *= sign[i];
-      }
-      SAW_INT4_UNROLL
-      for (int i = 0; i < 8; ++i) largest = dev::fmax(largest, dev::fmax(x[j][i], -x[j][i]));
-    }
-    largest = dev::fmax(largest, dev::shfl_xor(largest, 1));
-    largest = dev::fmax(largest, dev::shfl_xor(largest, 2));
-    // 2 ** exponent > largest; both it and its inverse are normal numbers.
-    uint32_t exponent = (dev::float_bits(largest) >> 23) + 1;
-    exponent = exponent > 253 ? 253 : exponent;
-    const float shrink = dev::bits_float((254 - exponent) << 23), grow = dev::bits_float(exponent << 23);
-    float rounded_sum = 0.f, qsum = 0.f;
-    SAW_INT4_UNROLL
-    for (int j = 0; j < kWords; ++j) {
-      uint32_t pairs[4];
-      SAW_INT4_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const float factor = i % 2 ? shrink / kOddPairFactor : shrink;
-        pairs[i] = dev::pack_f16x2(x[j][2 * i] * factor, x[j][2 * i + 1] * factor);
-        const float r0 = dev::f16_to_float(static_cast<uint16_t>(pairs[i]));
-        const float r1 = dev::f16_to_float(static_cast<uint16_t>(pairs[i] >> 16));
-        rounded_sum += r0 + r1;
-        qsum = dev::fma_rn(i % 2 ? kOddPairFactor : 1.f, r0 + r1, qsum);
-      }
-      const uint4 fragment{pairs[0], pairs[1], pairs[2], pairs[3]};
-      if constexpr (Query<D, NT>::kInRegisters)
-        query.registers[nt][j] = fragment;
-      else if (writes_shared)
-        dev::st_shared(query.fragment_at(nt, j), fragment);
-    }
-    SAW_INT4_UNROLL
-    for (int mask = 1; mask < 4; mask *= 2) {
-      rounded_sum += dev::shfl_xor(rounded_sum, mask);
-      qsum += dev::shfl_xor(qsum, mask);
-      mean_score += dev::shfl_xor(mean_score, mask);
-    }
-    const float unit = p.sm_scale * kLog2e, k = unit * norm * grow;
-    const ScoreTerms mine{k, k * (kCodeBias * rounded_sum), k * qsum, unit * mean_score};  // of row g
-    if constexpr (Query<D, NT>::kInRegisters) {
-      SAW_INT4_UNROLL
-      for (int u = 0; u < 2; ++u) {
-        const int source = 4 * (2 * c + u);
-        query.register_terms[nt][u] = {dev::shfl_idx(mine.k, source), dev::shfl_idx(mine.bias, source),
-                                       dev::shfl_idx(mine.qsum, source), dev::shfl_idx(mine.c0, source)};
-      }
-    } else if (writes_shared && c == 0) {
-      dev::st_shared(query.terms_at(nt * kRowsPerTile + dev::lane_id() / 4),
-                     float4{mine.k, mine.bias, mine.qsum, mine.c0});
+    for (int i = 0; i < N; i += 4) {
+      const float4 mean = factors(p.transform.k_mean, i), scale = factors(p.transform.k_scale, i);
+      mean_score = dev::fma_rn(x[i], mean.x, mean_score);
+      mean_score = dev::fma_rn(x[i + 1], mean.y, mean_score);
+      mean_score = dev::fma_rn(x[i + 2], mean.z, mean_score);
+      mean_score = dev::fma_rn(x[i + 3], mean.w, mean_score);
+      x[i] *= scale.x;
+      x[i + 1] *= scale.y;
+      x[i + 2] *= scale.z;
+      x[i + 3] *= scale.w;
     }
   }
+  hadamard<N>(x, order);
+  if (calibrated) {
+    SAW_INT4_UNROLL
+    for (int i = 0; i < N; i += 4) {
+      const float4 sign = factors(p.transform.k_sign, i);
+      x[i] *= sign.x;
+      x[i + 1] *= sign.y;
+      x[i + 2] *= sign.z;
+      x[i + 3] *= sign.w;
+    }
+  }
+  float largest = 0.f;
+  SAW_INT4_UNROLL
+  for (int i = 0; i < N; ++i) largest = dev::fmax(largest, dev::fmax(x[i], -x[i]));
+  SAW_INT4_UNROLL
+  for (int mask = 1; mask < kLanes; mask *= 2) largest = dev::fmax(largest, dev::shfl_xor(largest, mask));
+  // 2 ** exponent > largest; both it and its inverse are normal numbers.
+  uint32_t exponent = (dev::float_bits(largest) >> 23) + 1;
+  exponent = exponent > 253 ? 253 : exponent;
+  const float shrink = dev::bits_float((254 - exponent) << 23), grow = dev::bits_float(exponent << 23);
+  float rounded_sum = 0.f, qsum = 0.f;
+  TransformedQuery<D> q;
+  SAW_INT4_UNROLL
+  for (int i = 0; i < N / 2; ++i) {
+    const float factor = i % 2 ? shrink / kOddPairFactor : shrink;
+    q.pairs[i] = dev::pack_f16x2(x[2 * i] * factor, x[2 * i + 1] * factor);
+    const float r0 = dev::f16_to_float(static_cast<uint16_t>(q.pairs[i]));
+    const float r1 = dev::f16_to_float(static_cast<uint16_t>(q.pairs[i] >> 16));
+    rounded_sum += r0 + r1;
+    qsum = dev::fma_rn(i % 2 ? kOddPairFactor : 1.f, r0 + r1, qsum);
+  }
+  SAW_INT4_UNROLL
+  for (int mask = 1; mask < kLanes; mask *= 2) {
+    rounded_sum += dev::shfl_xor(rounded_sum, mask);
+    qsum += dev::shfl_xor(qsum, mask);
+    mean_score += dev::shfl_xor(mean_score, mask);
+  }
+  const float unit = p.sm_scale * kLog2e, k = unit * hadamard_norm(order) * grow;
+  q.terms = {k, k * (kCodeBias * rounded_sum), k * qsum, unit * mean_score};
+  return q;
+}
+
+// Transforms one turn's rows to fragments and terms in shared memory; rows not in use become zeros.
+template <int D, int NT>
+SAW_INT4_DEVICE void transform_query(const DecodeParams& p, int kv_head, const QueryTurns<D, NT>& turns, int turn,
+                                     const RawQuery<D>& raw, uint32_t shared) {
+  using Fragments = Query<D, NT>;
+  const int channel = QueryLanes<D>::channel(), row = turns.row(turn), head = turns.head(turn);
+  TransformedQuery<D> q;
+  if (turns.any_used(turn)) q = transform_row<D>(p, raw, (kv_head + head) * D + channel, turns.used(turn));
+  const uint32_t at = shared + head * query_bytes(D, NT);
+  const int word = channel / kCodesPerWord, nt = row / kRowsPerTile, g = row % kRowsPerTile;
+  const uint32_t fragment = at + (nt * Fragments::kWords + word / 4) * 512 + (4 * g + word % 4) * 16;
+  SAW_INT4_UNROLL
+  for (int i = 0; i < QueryLanes<D>::kChannels / 2; i += 2)
+    if (word < 4 * Fragments::kWords)
+      dev::st_shared(fragment + channel % kCodesPerWord * 2 + 4 * i, uint2{q.pairs[i], q.pairs[i + 1]});
+  if (channel == 0)
+    dev::st_shared(at + Fragments::kTermsAt + row * 16, float4{q.terms.k, q.terms.bias, q.terms.qsum, q.terms.c0});
 }
 
 }  // namespace saw_int4

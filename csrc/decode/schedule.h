@@ -1,10 +1,9 @@
 // How decode divides its work: pure functions of lengths and counts, run by the kernel and by the tests.
 //
 // The work of request b is a sequence of units, one for each (group of KV heads, pass of query rows, tile of tokens),
-// tiles fastest. The units of all requests form one line; of the blocks that work, each takes one stretch. Stretches
-// differ by at most one unit whatever the lengths are, and follow from seq_lens alone, so that a captured launch is
-// balanced at every replay. A run of tiles that several blocks share (a "piece" each) is merged by the last of them to
-// finish.
+// tiles fastest. The units of all requests form one line, cut every ceil(total / blocks) units: each block takes one
+// stretch. Cuts follow from seq_lens alone, so that a captured launch is balanced at every replay. A run of tiles that
+// several blocks share (a "piece" each) is merged by the last of them to finish.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +12,8 @@
 
 namespace saw_int4 {
 
-// Everything is 32 bits wide and tiles are powers of two: this arithmetic runs at the start of every block, and 64-bit
-// divisions were half of the kernel's instructions. The host refuses launches that could have 2^31 units.
+// Everything is 32 bits wide and tiles are powers of two: this arithmetic runs at the start of every block, where each
+// division is a tenth of a microsecond. The host refuses launches that could have 2^31 units.
 
 // The tiles that the query rows of one request see: [first_tile, first_tile + tiles), never empty, so that some block
 // writes the output of a request of length 0 too.
@@ -44,26 +43,15 @@ SAW_INT4_HD constexpr int request_units(int seq_len, int q_len, int64_t window, 
   return tile_range(seq_len, q_len, window, tile_shift).tiles * row_passes(q_len, group, rows_per_pass) * head_groups;
 }
 
-// The line of all units, cut into one stretch per working block: block i begins at floor(i * total / blocks), so that
-// runs of equal length are cut alike and blocks of neighbouring heads read the same tokens at the same time. Blocks
-// work only as far as there are units, so that no stretch is empty and the blocks of a run are counted by their
-// indices.
+// The line of all units, cut into stretches of equal length; the last may be shorter, and blocks past it have none. No
+// other cut gives the busiest block less, and runs of equal length are often cut alike: blocks of neighbouring heads
+// then read the same tokens at the same time.
 struct Stretches {
-  int blocks, units, rest;  // total = blocks * units + rest
-
-  SAW_INT4_HD constexpr Stretches(int total_units, int grid_blocks)
-      : blocks(total_units < grid_blocks ? total_units : grid_blocks),
-        units(blocks == 0 ? 0 : total_units / blocks),
-        rest(total_units - units * blocks) {}
+  int units;  // of a block
 
   // First unit of a block, and the block that owns a unit.
-  SAW_INT4_HD constexpr int begin(int block) const { return block * units + block * rest / blocks; }
-  SAW_INT4_HD constexpr int block_of(int unit) const {
-    const float per_block = static_cast<float>(units) + static_cast<float>(rest) / static_cast<float>(blocks);
-    int block = static_cast<int>(static_cast<float>(unit) / per_block);  // off by one at most
-    if (block > 0 && begin(block) > unit) --block;
-    return begin(block + 1) <= unit ? block + 1 : block;
-  }
+  SAW_INT4_HD constexpr int begin(int block) const { return block * units; }
+  SAW_INT4_HD constexpr int block_of(int unit) const { return unit / units; }
 
   // Where a block writes its piece of the run that starts at unit run_begin. A block has at most two pieces that others
   // share: the one it starts with and the one it ends with.
@@ -71,5 +59,9 @@ struct Stretches {
     return 2 * block + (begin(block) >= run_begin ? 0 : 1);
   }
 };
+
+SAW_INT4_HD constexpr Stretches cut(int total_units, int blocks) {
+  return {(total_units + blocks - 1) / blocks};
+}
 
 }  // namespace saw_int4

@@ -3,7 +3,7 @@
 They are read once, in the process that starts a server, and travel to every other process as one JSON string in
 ``SAW_INT4_RESOLVED``; nobody else reads an option from the environment.
 
-    SAW_INT4_ROTATION                none | k | kv             what is rotated (default kv)
+    SAW_INT4_ROTATION                auto | none | k | kv      what is rotated (default auto)
     SAW_INT4_ROTATION_ORDER          power of two | head_dim   block of the Hadamard rotation (default head_dim)
     SAW_INT4_CALIBRATION             auto | none | PATH        artifact of saw-int4 calibrate (default auto)
     SAW_INT4_BF16_LAYERS             0,3-5,first:2,last:1      layers that stay in BF16 (default none of them)
@@ -32,7 +32,7 @@ CALIBRATION = "SAW_INT4_CALIBRATION"
 BF16_LAYERS = "SAW_INT4_BF16_LAYERS"
 CPU_PLATFORM = "SAW_INT4_CPU_PLATFORM"
 ALLOW_UNTESTED_SGLANG = "SAW_INT4_ALLOW_UNTESTED_SGLANG"
-ROTATIONS = ("none", "k", "kv")
+ROTATIONS = ("auto", "none", "k", "kv")
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
@@ -42,14 +42,14 @@ class Options:
     """What the user asked of the INT4 cache, before the model is known.
 
     Attributes:
-        rotation: "none", "k" or "kv".
+        rotation: "none", "k", "kv", or "auto": keys, and values where the model's calibration found that it pays.
         order: block of the rotation, or None for the largest that the model's head_dim allows.
         calibration: path of a calibration artifact, "none", or "auto" until the model is known: the process that
             starts a server puts the model's own artifact in its place, or "none" where it has none.
         bf16_layers: layers that stay in BF16, as ``saw_int4.layers`` reads them; numbers once the model is known.
     """
 
-    rotation: str = "kv"
+    rotation: str = "auto"
     order: int | None = None
     calibration: str = "auto"
     bf16_layers: str = ""
@@ -93,11 +93,12 @@ class Options:
             return KVFormat(head_dim, 1)  # raises, and says why
         order = default_rotation_order(head_dim) if self.order is None else self.order
         order = 1 if self.rotation == "none" else order
-        fingerprint = "none"
+        fingerprint, rotate_v = "none", self.rotation == "kv"
         if (calibration := self.load_calibration()) is not None:
             calibration.check(head_dim=head_dim, rotation_order=order)
             fingerprint = calibration.fingerprint
-        return KVFormat(head_dim, order, rotate_v=self.rotation == "kv", calibration=fingerprint)
+            rotate_v = rotate_v or (self.rotation == "auto" and calibration.manifest["rotate_v"])
+        return KVFormat(head_dim, order, rotate_v=rotate_v, calibration=fingerprint)
 
     def load_calibration(self):
         """The ``saw_int4.calibration.artifact.Calibration``, or None. ValueError where the artifact is no good."""

@@ -21,7 +21,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--saw-rotation",
         choices=env.ROTATIONS,
-        help="what the Hadamard rotation covers before quantization: nothing, keys, or keys and values (default: kv)",
+        help="what the Hadamard rotation covers before quantization: nothing, keys, or keys and values; auto: keys, "
+        "and values where calibration found that it pays (default: auto)",
     )
     flags.add_argument(
         "--saw-rotation-order",

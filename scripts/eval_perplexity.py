@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ROTATIONS = ("none", "k", "kv")
 sys.path.insert(0, str(ROOT))
 
 from saw_int4 import env, serve  # noqa: E402
@@ -60,8 +61,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=30100)
     args = parser.parse_args()
     caches = args.caches.split(",")
-    if unknown := set(caches) - {"bf16", "calibrated", *env.ROTATIONS}:
-        parser.error(f"--caches {','.join(sorted(unknown))}: expected bf16, calibrated, {', '.join(env.ROTATIONS)}")
+    if unknown := set(caches) - {"bf16", "calibrated", *ROTATIONS}:
+        parser.error(f"--caches {','.join(sorted(unknown))}: expected bf16, calibrated, {', '.join(ROTATIONS)}")
     windows = windows_of(args.model, args.windows, args.context)
     url = f"http://127.0.0.1:{args.port}"
     log = ROOT / ".cache" / "eval_perplexity.log"
@@ -72,7 +73,7 @@ def main() -> None:
         command += ["--context-length", str(args.context + 8), "--max-total-tokens", str(args.context + 1024)]
         command += ["--kv-cache-dtype", "auto" if cache == "bf16" else "int4"]
         variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if cache in env.ROTATIONS:
+        if cache in ROTATIONS:
             variables |= {env.ROTATION: cache, env.CALIBRATION: "none"}
         with log.open("w") as out:
             server = subprocess.Popen(

@@ -17,7 +17,7 @@ import torch
 from saw_int4.calibration.fit import KeyTransform
 from saw_int4.format import FORMAT_VERSION
 
-ARTIFACT_VERSION = 1
+ARTIFACT_VERSION = 2
 MANIFEST = "saw_int4_calibration"
 
 
@@ -77,7 +77,7 @@ def build(layers: dict[int, KeyTransform], **manifest) -> Calibration:
     """A calibration from its transforms, shapes and hash filled in.
 
     Args:
-        manifest: at least ``model`` (fingerprint) and ``rotation_order``; any JSON values.
+        manifest: at least ``model`` (fingerprint), ``rotation_order`` and ``rotate_v``; any JSON values.
     """
     heads, head_dim = next(iter(layers.values())).mean.shape
     manifest = {

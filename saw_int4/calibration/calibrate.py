@@ -53,6 +53,7 @@ def calibrate(
         {i: layer.transform for i, layer in layers.items()},
         model=fingerprint,
         rotation_order=rotation_order or default_rotation_order(layers[min(layers)].transform.mean.shape[-1]),
+        rotate_v=rotating_v_pays(layers),
         text={
             "sha256": hashlib.sha256((text or BUILTIN).encode()).hexdigest(),
             "tokens": len(ids),
@@ -77,6 +78,11 @@ def report(index: int, layer: fit.LayerFit) -> dict:
     }
 
 
+def rotating_v_pays(layers: dict[int, fit.LayerFit]) -> bool:
+    """Whether the held-out attention output is closer to exact with V rotated, over all layers."""
+    return sum(layer.v_error_rotated for layer in layers.values()) < sum(layer.v_error for layer in layers.values())
+
+
 def gain(layers: dict[int, fit.LayerFit]) -> float:
     """How many times smaller the held-out divergence of attention is than with the rotation alone, over all heads."""
     return round(sum(sum(x.kl_plain) for x in layers.values()) / max(sum(sum(x.kl) for x in layers.values()), 1e-12), 3)
@@ -89,7 +95,6 @@ def describe(calibration: Calibration) -> str:
     heads = [choice for layer in layers for choice in layer["choice"]]
     worst = sorted(layers, key=lambda layer: -sum(layer["kl"]))[:5]
     rotated, plain = (sum(layer[key] for layer in layers) / len(layers) for key in ("v_error_rotated", "v_error"))
-    advice = "rotating V pays" if rotated < 0.97 * plain else "rotating V does not pay"
     return "\n".join(
         [
             f"calibration {calibration.fingerprint} of model {manifest['model']}: {manifest['text']['tokens']} tokens, "
@@ -97,7 +102,8 @@ def describe(calibration: Calibration) -> str:
             f"  heads: {', '.join(f'{heads.count(name)} {name}' for name in (fit.BALANCED, fit.CENTRED, fit.PLAIN))}",
             f"  held-out divergence of attention, summed over heads: {manifest['expected_gain']}x smaller than "
             "with the rotation alone",
-            f"  V: relative output error {plain:.4f} plain, {rotated:.4f} rotated; {advice} (--saw-rotation kv)",
+            f"  V: relative output error {plain:.4f} plain, {rotated:.4f} rotated: V is "
+            f"{'rotated' if manifest['rotate_v'] else 'left as it is'} (--saw-rotation auto)",
             "  worst layers (nats): "
             + ", ".join(f"{layer['layer']}: {sum(layer['kl']) / len(layer['kl']):.4f}" for layer in worst),
         ]

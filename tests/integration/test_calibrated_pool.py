@@ -29,7 +29,7 @@ def calibration(tmp_path):
         sign = torch.where(torch.rand(shape, generator=g) < 0.5, -1.0, 1.0)
         return Fitted(torch.randn(shape, generator=g), torch.exp(torch.randn(shape, generator=g)), sign)
 
-    made = artifact.build({i: fitted() for i in range(LAYERS)}, model="m", rotation_order=DIM)
+    made = artifact.build({i: fitted() for i in range(LAYERS)}, model="m", rotation_order=DIM, rotate_v=True)
     artifact.save(made, tmp_path / "a.safetensors")
     return made, tmp_path / "a.safetensors"
 
@@ -77,6 +77,8 @@ def test_formats_of_other_artifacts_differ(calibration, monkeypatch):
     without = pool_of(monkeypatch, "none").format
     assert with_it.fingerprint != without.fingerprint
     assert made.fingerprint in with_it.describe()
+    assert with_it.rotate_v and not without.rotate_v  # the artifact says that it pays
+    assert not pool_of(monkeypatch, path, rotation="k").format.rotate_v
 
 
 def test_wrong_artifacts_are_refused(calibration, monkeypatch, tmp_path):

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.both_versions
 @pytest.mark.parametrize(
     ("environ", "rotation", "order"),
     [
-        ({}, "kv", None),
+        ({}, "auto", None),
         ({"SAW_INT4_ROTATION": "kv", "SAW_INT4_ROTATION_ORDER": "32"}, "kv", 32),
         ({"SAW_INT4_ROTATION": "none"}, "none", None),
-        ({"SAW_INT4_ROTATION_ORDER": "head_dim"}, "kv", None),
+        ({"SAW_INT4_ROTATION_ORDER": "head_dim"}, "auto", None),
         ({"HADAMARD": "1"}, "k", None),
         ({"HADAMARD": "1", "HADAMARD_ORDER": "16"}, "k", 16),
         ({"HADAMARD": "1", "ROTATE_V": "1", "HADAMARD_ORDER": "64"}, "kv", 64),
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.both_versions
         ({"HADAMARD": "0"}, "none", None),
         ({"HADAMARD": "0", "HADAMARD_ORDER": "16"}, "none", None),
         ({"HADAMARD": "1", "SAW_INT4_ROTATION": "k"}, "k", None),
-        ({"SGLANG_FUSE_HADAMARD_INT4_KV": "0"}, "kv", None),
+        ({"SGLANG_FUSE_HADAMARD_INT4_KV": "0"}, "auto", None),
     ],
 )
 def test_resolve(environ, rotation, order):
@@ -41,7 +41,7 @@ def test_resolve(environ, rotation, order):
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
-        ({"SAW_INT4_ROTATION": "q"}, "expected one of none, k, kv"),
+        ({"SAW_INT4_ROTATION": "q"}, "expected one of auto, none, k, kv"),
         ({"SAW_INT4_ROTATION_ORDER": "48"}, "power of two"),
         ({"SAW_INT4_ROTATION_ORDER": "many"}, "power of two"),
         ({"SAW_INT4_ROTATION": "none", "SAW_INT4_ROTATION_ORDER": "16"}, "Leave one of them out"),
@@ -63,6 +63,7 @@ def test_calibration():
 
 
 def test_format_of_options():
+    assert env.Options().kv_format(128) == env.Options("k").kv_format(128)  # not calibrated: keys alone
     assert env.Options().kv_format(128).rotation_order == 128
     assert env.Options().kv_format(96).rotation_order == 32
     assert env.Options("none").kv_format(64).rotation_order == 1

@@ -52,7 +52,7 @@ def test_rows_are_those_of_append_kv(pool):
     k, v = torch.randn(2, 7, HEADS, DIM, dtype=torch.bfloat16)
     slots = torch.tensor([0, 90, 3, 41, 17, 60, 2])
     expected = [torch.zeros(SIZE + pool.page_size, HEADS, row_bytes(DIM), dtype=torch.uint8) for _ in range(2)]
-    ops.append_kv(k, v, *expected, slots, rotation_order=DIM, rotate_v=True)
+    ops.append_kv(k, v, *expected, slots, rotation_order=DIM)
     pool.set_kv_buffer(SimpleNamespace(layer_id=1), KVWriteLoc(slots), k, v)
     for got, want in zip(pool.get_kv_buffer(1), expected):
         assert torch.equal(got.view(torch.uint8)[slots], want[slots])
@@ -159,7 +159,7 @@ def test_sliding_window_pool(monkeypatch):
     slots, swa_slots = torch.tensor([60, 61, 70, 2, 9]), torch.tensor([30, 31, 3, 2, 9])
     for layer, own_slots, own in ((4, swa_slots, swa.k_buffer[2]), (3, slots, full.k_buffer[1])):
         expected = torch.zeros(2, *own.shape, dtype=torch.uint8)
-        ops.append_kv(k, v, *expected, own_slots, rotation_order=DIM, rotate_v=True)
+        ops.append_kv(k, v, *expected, own_slots, rotation_order=DIM)
         kv_pool.set_kv_buffer(SimpleNamespace(layer_id=layer), KVWriteLoc(slots, swa_slots), k, v)
         assert torch.equal(kv_pool.get_key_buffer(layer).view(torch.uint8), expected[0])
         assert torch.equal(own, expected[0])

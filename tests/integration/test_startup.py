@@ -11,7 +11,7 @@ import pytest
 from checkpoints import qwen3
 from server import HERE, Server, environment
 
-from saw_int4.calibration import artifact
+from saw_int4 import env
 from saw_int4.calibration.calibrate import path_of
 from saw_int4.calibration.fingerprint import model_fingerprint
 from saw_int4.format import KVFormat
@@ -71,8 +71,8 @@ def test_module_with_two_ranks(tiny, logs, expected):
     try:
         server.ready()
         cache = server.state()["kv_cache_format"]
-        calibration = artifact.load(path_of(model_fingerprint(tiny), 128, logs)).fingerprint
-        assert cache["fingerprint"] == KVFormat(128, 128, rotate_v=True, calibration=calibration).fingerprint
+        found = env.Options(calibration=str(path_of(model_fingerprint(tiny), 128, logs)))
+        assert cache["fingerprint"] == found.kv_format(128).fingerprint
         assert cache["bytes_per_token"] == 2 * 3 * 1 * 68
         assert mean_gap(server.prompt_logprobs(IDS), expected) < LIMIT
     finally:
@@ -104,7 +104,7 @@ def test_engine(tiny, expected, tmp_path):
     line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
     assert line is not None, run.stderr[-4000:]
     fingerprint, logs = json.loads(line[7:])
-    assert fingerprint == KVFormat(128, 128, rotate_v=True).fingerprint
+    assert fingerprint == KVFormat(128, 128).fingerprint
     assert mean_gap(logs, expected) < LIMIT
 
 

@@ -57,6 +57,13 @@ def assign_slots(req_pool_indices, req_to_token, start_offset, end_offset, out_c
         req_to_token[row, start : start + new] = own
 
 
+def last_slots(req_to_token: Tensor, req_pool_indices: Tensor, lens: Tensor) -> Tensor:
+    """The slot of each request's last token, -1 where it has none."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    return get_last_loc_torch(req_to_token, req_pool_indices, lens)
+
+
 def reconstruct_tree(mask, seq_lens, positions, index, next_token, next_sibling, batch_size, num_drafts) -> None:
     """Positions and links of draft trees from their masks. All but the first two arguments are written.
 
@@ -164,7 +171,10 @@ def accepted_slots(accept_index: Tensor, out_cache_loc: Tensor, accept_out_cache
 
 # What SGLang's modules call, by the name under which each of them knows it.
 REPLACED = {
-    "sglang.srt.mem_cache.allocation": {"assign_req_to_token_pool_func": assign_slots},
+    "sglang.srt.mem_cache.allocation": {
+        "assign_req_to_token_pool_func": assign_slots,
+        "get_last_loc_triton": last_slots,
+    },
     "sglang.srt.speculative.spec_utils": {
         "fill_front_out_cache_loc_func": front_slots,
         "fill_accept_out_cache_loc_func": accepted_slots,

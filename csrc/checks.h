@@ -140,7 +140,7 @@ inline DecodeParams decode_params(const at::Tensor& q, const at::Tensor& k_cache
                                   int64_t page_size, double sm_scale, int64_t rotation_order, bool rotate_v,
                                   const OptionalTensor& k_mean, const OptionalTensor& k_scale,
                                   const OptionalTensor& k_sign, double logit_cap, int64_t window,
-                                  const OptionalTensor& sinks, const OptionalTensor& tree_mask) {
+                                  const OptionalTensor& sinks, const OptionalTensor& tree_mask, bool batch_invariant) {
   const char* op = "decode_attention";
   check_rows(q, op, "q");
   const DType dtype = dtype_of(q, op, "q");
@@ -247,6 +247,7 @@ inline DecodeParams decode_params(const at::Tensor& q, const at::Tensor& k_cache
   p.tree_mask = tree_mask.has_value() ? tree_mask->const_data_ptr<int64_t>() : nullptr;
   p.workspace = workspace.has_value() ? workspace->mutable_data_ptr() : nullptr;
   p.workspace_bytes = workspace.has_value() ? workspace->numel() : 0;
+  p.batch_invariant = batch_invariant;
   return p;
 }
 

@@ -11,7 +11,7 @@ TORCH_LIBRARY(saw_int4, m) {
       "Tensor seq_lens, Tensor? q_indptr, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? workspace, *, "
       "int max_q_len, int page_size, float sm_scale, int rotation_order, bool rotate_v, "
       "Tensor? k_mean=None, Tensor? k_scale=None, Tensor? k_sign=None, float logit_cap=0.0, int window=-1, "
-      "Tensor? sinks=None, Tensor? tree_mask=None) -> ()");
+      "Tensor? sinks=None, Tensor? tree_mask=None, bool batch_invariant=False) -> ()");
   m.def("gather_kv(Tensor k_cache, Tensor v_cache, Tensor slots, Tensor(a!) k_out, Tensor(b!) v_out) -> ()");
   m.def(
       "transform_rows(Tensor x, Tensor(a!) out, *, int rotation_order, Tensor? mean=None, Tensor? mul=None, "

@@ -69,6 +69,7 @@ struct DecodeParams {
   const int64_t* tree_mask = nullptr;  // [T_q] bit j: the row sees new token j of its request; null: causal
   void* workspace = nullptr;           // CUDA only: decode_workspace_bytes() bytes, zero before its first use
   int64_t workspace_bytes = 0;
+  bool batch_invariant = false;  // CUDA only (the CPU always is): sums of a request do not depend on the batch
 };
 
 // Rows at slots[N] -> dequantized, still transformed K and V [N, H_kv, D].

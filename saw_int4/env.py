@@ -7,6 +7,7 @@ They are read once, in the process that starts a server, and travel to every oth
     SAW_INT4_ROTATION_ORDER          power of two | head_dim   block of the Hadamard rotation (default head_dim)
     SAW_INT4_CALIBRATION             auto | none | PATH        artifact of saw-int4 calibrate (default auto)
     SAW_INT4_BF16_LAYERS             0,3-5,first:2,last:1      layers that stay in BF16 (default none of them)
+    SAW_INT4_BATCH_INVARIANT         1                         on a GPU, decode's bits do not depend on the batch
     SAW_INT4_CPU_PLATFORM            1                         run SGLang on plain CPU (no GPU needed)
     SAW_INT4_ALLOW_UNTESTED_SGLANG   1                         accept an SGLang version that was not tested
 
@@ -30,6 +31,7 @@ ROTATION_ORDER = "SAW_INT4_ROTATION_ORDER"
 RESOLVED = "SAW_INT4_RESOLVED"
 CALIBRATION = "SAW_INT4_CALIBRATION"
 BF16_LAYERS = "SAW_INT4_BF16_LAYERS"
+BATCH_INVARIANT = "SAW_INT4_BATCH_INVARIANT"
 CPU_PLATFORM = "SAW_INT4_CPU_PLATFORM"
 ALLOW_UNTESTED_SGLANG = "SAW_INT4_ALLOW_UNTESTED_SGLANG"
 ROTATIONS = ("auto", "none", "k", "kv")
@@ -47,12 +49,14 @@ class Options:
         calibration: path of a calibration artifact, "none", or "auto" until the model is known: the process that
             starts a server puts the model's own artifact in its place, or "none" where it has none.
         bf16_layers: layers that stay in BF16, as ``saw_int4.layers`` reads them; numbers once the model is known.
+        batch_invariant: see ``saw_int4.ops.decode_attention``.
     """
 
     rotation: str = "auto"
     order: int | None = None
     calibration: str = "auto"
     bf16_layers: str = ""
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -150,7 +154,8 @@ def resolve(environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]
         calibration = str(Path(calibration).resolve())
     rotation = Options.rotation if rotation is None else rotation
     bf16_layers = environ.get(BF16_LAYERS, "").strip()
-    return Options(rotation=rotation, order=order, calibration=calibration, bf16_layers=bf16_layers), notes
+    invariant = bool(flag(BATCH_INVARIANT, environ))
+    return Options(rotation, order, calibration, bf16_layers, batch_invariant=invariant), notes
 
 
 def publish(options: Options) -> None:

@@ -77,6 +77,7 @@ def decode_attention(
     window: int = -1,
     sinks: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    batch_invariant: bool = False,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     workspace: Tensor | None = None,
@@ -100,6 +101,8 @@ def decode_attention(
         sinks: fp32 ``[H_q]``, one extra logit per head in the denominator.
         tree_mask: int64 ``[T_q]``: bit j of a row says whether it sees new token j of its request (at most 64 new
             tokens); None: causal.
+        batch_invariant: on a GPU, a request's bits depend on nothing else in the batch (among calls of equal
+            ``max_q_len``); slower, csrc/README.md has the price. On a CPU they never do.
         out: ``[T_q, H_q, D]`` like q, contiguous; allocated when None. Mutated.
         lse: fp32 ``[T_q, H_q]``, natural logarithm; mutated when given.
         workspace: see ``decode_workspace``; only the CUDA kernel uses one.
@@ -113,7 +116,8 @@ def decode_attention(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if workspace is None and q.is_cuda:
-        workspace = decode_workspace(q.device, q.shape[0], q.shape[1], q.shape[2])
+        rows = len(seq_lens) * max_q_len
+        workspace = decode_workspace(q.device, rows, q.shape[1], q.shape[2], batch_invariant=batch_invariant)
     _ops.decode_attention(
         q,
         k_cache,
@@ -137,19 +141,23 @@ def decode_attention(
         window=window,
         sinks=sinks,
         tree_mask=tree_mask,
+        batch_invariant=batch_invariant,
     )
     return out
 
 
-def decode_workspace(device: torch.device, num_query_rows: int, num_q_heads: int, head_dim: int) -> Tensor | None:
+def decode_workspace(
+    device: torch.device, num_query_rows: int, num_q_heads: int, head_dim: int, *, batch_invariant: bool = False
+) -> Tensor | None:
     """Scratch for ``decode_attention`` calls of up to ``num_query_rows`` rows: uint8, zeroed; None on CPU.
 
     Reusable by calls with the same number of query heads and head_dim. Calls that may run at the same time need one
-    each.
+    each. For batch-invariant calls the rows are those that ``max_q_len`` allows, requests times ``max_q_len``, at
+    about ``128 * D`` bytes per query head each.
     """
     if device.type != "cuda":
         return None
-    nbytes = _C.decode_workspace_bytes(device.index or 0, num_query_rows, num_q_heads, head_dim)
+    nbytes = _C.decode_workspace_bytes(device.index or 0, num_query_rows, num_q_heads, head_dim, batch_invariant)
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 

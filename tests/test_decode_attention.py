@@ -51,8 +51,11 @@ def check_case(engine, case):
 
 
 def check(engine, inputs, solution=None):
-    out, lse = run(engine, inputs)
-    expected, expected_lse, error, lse_error = solution or oracle(inputs)
+    compare(*run(engine, inputs), inputs, solution or oracle(inputs))
+
+
+def compare(out, lse, inputs, solution):
+    expected, expected_lse, error, lse_error = solution
     eps = torch.finfo(inputs.q.dtype).eps
     # fp32 has no 16-bit roundings to hide behind: leave its own exp and sums a few units.
     slack = 8 if inputs.q.dtype == torch.float32 else 1
@@ -120,10 +123,8 @@ def test_matches_float64_over_many_tokens(engine, head_dim, page_size, dtype):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_float32_on_the_cpu(engine, head_dim):
-    if not engine.name.startswith("cpu"):
-        pytest.skip("the CUDA kernel takes 16-bit queries")
-    check_case(engine, replace(BASE, head_dim=head_dim, dtype=torch.float32, calibrated=True, q_lens=(3, 1, 2)))
+def test_float32_on_the_cpu(cpu_engine, head_dim):
+    check_case(cpu_engine, replace(BASE, head_dim=head_dim, dtype=torch.float32, calibrated=True, q_lens=(3, 1, 2)))
 
 
 def test_damage_reaches_only_who_attends_to_it(engine):
@@ -183,14 +184,51 @@ def test_same_bits_every_time(engine):
         assert_equal(again[1], first[1])
 
 
-def test_same_bits_whatever_shares_the_batch(engine):
-    if engine.name in ("cuda", "emulated"):
-        pytest.skip("the CUDA kernel balances its splits over the batch")
-    together = make_decode(replace(BASE, seq_lens=(600, 1, 333), q_lens=(1, 1, 1)))
+@pytest.mark.parametrize("heads", [2, 8])
+def test_same_bits_whatever_shares_the_batch(engine, heads):
+    lens = (600, 1, 333)
+    together = make_decode(replace(BASE, seq_lens=lens, q_lens=(1, 1, 1), num_q_heads=2 * heads, num_kv_heads=heads))
+    together.options["batch_invariant"] = True
     all_rows = run(engine, together)[0]
     for b in range(3):
         alone = replace_requests(together, [b])
         assert_equal(run(engine, alone)[0], all_rows[b : b + 1])
+
+
+@pytest.mark.parametrize("name", ["lengths", "rows_ragged", "rows_16_group_8", "window_rows_long", "everything"])
+def test_batch_invariant_launches_match_float64(engine, name):
+    inputs, solution = solved(CASES[name])
+    check(engine, replace(inputs, options=inputs.options | {"batch_invariant": True}), solution)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_captured_graph_replays_with_other_lengths(batch_invariant):
+    """One capture serves lengths from 0 to the width of the table, each replay equal to an eager call, bit for bit."""
+    case = replace(BASE, head_dim=128, num_q_heads=8, seq_lens=(1500,) * 5, q_lens=(1,) * 5, rotate_v=True, sink=True)
+    inputs = make_decode(case).to(torch.device("cuda"))
+    options = inputs.options | {"batch_invariant": batch_invariant}
+    out, lse = torch.empty_like(inputs.q), torch.empty(inputs.q.shape[:2], device="cuda")
+
+    def call(out, lse):
+        ops.decode_attention(*inputs.positional(), out=out, lse=lse, workspace=workspace, **options)
+
+    workspace = ops.decode_workspace(inputs.q.device, *inputs.q.shape, batch_invariant=batch_invariant)
+    call(out, lse)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(out, lse)
+    for lens in [(1500, 3, 700, 0, 64), (1, 1, 1, 1, 1), (0, 0, 0, 0, 1400), (1500,) * 5, (33, 1100, 257, 1, 999)]:
+        inputs.seq_lens.copy_(torch.tensor(lens))
+        inputs.q.normal_()
+        out.fill_(float("nan"))
+        graph.replay()
+        replayed, replayed_lse = out.cpu(), lse.cpu()
+        call(out, lse)
+        assert_equal(replayed, out.cpu(), f"out at lengths {lens}")
+        assert_equal(replayed_lse, lse.cpu(), f"lse at lengths {lens}")
+        on_cpu = inputs.to(torch.device("cpu"))
+        compare(replayed, replayed_lse, on_cpu, oracle(on_cpu))
 
 
 def replace_requests(inputs, keep):

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "common/device_limits.h"
+#include "decode/schedule.h"
 #include "format.h"
 #include "params.h"
 
@@ -15,10 +16,13 @@ namespace saw_int4 {
 
 inline constexpr int kRowsPerTile = 8;     // query rows of one MMA
 inline constexpr int kTokensPerWarp = 32;  // tokens a warp takes from each tile
-inline constexpr int kRecordPadding = 4;   // words of a stored row of a piece beside O (merge.cuh)
+// Batch-invariant launches: few pieces would leave a long context to few blocks, many cost memory and merging.
+inline constexpr int kInvariantPieces = 16;
+inline constexpr int kInvariantHeads = 4;
+inline constexpr int kRecordPadding = 4;  // words of a stored row of a piece beside O (merge.cuh)
 inline constexpr int kMaxWarps = 8;
 inline constexpr int kMaxStages = 4;
-inline constexpr int kDecodeScratchBytes = 96;  // of a block, for the walk along its work
+inline constexpr int kDecodeScratchBytes = 112;  // of a block, for the walk along its work
 
 // Query-row tiles the kernel is compiled for, by head_dim: 8, 16 or 32 rows per pass over the keys.
 constexpr int max_row_tiles(int head_dim) {
@@ -51,6 +55,7 @@ struct DecodeShape {
   int num_kv_heads;
   int num_requests;
   int max_q_len;
+  bool batch_invariant = false;
 };
 
 struct DecodePlan {
@@ -63,6 +68,7 @@ struct DecodePlan {
   int ways = 0;              // warps that share a KV head, each with other tokens
   int tile_tokens = 0;       // ways * kTokensPerWarp, a power of two
   int tile_shift = 0;        // its logarithm
+  int max_pieces = 0;        // of a run in a batch-invariant launch, else 0 (schedule.h)
   int group = 0;             // query heads per KV head
   uint32_t group_magic = 0;  // mul_hi(i, group_magic) == i / group for i < 2^16 and group > 1
   int rows_per_head = 0;     // query rows of a KV head and pass that may be in use
@@ -133,7 +139,8 @@ inline int64_t merge_pieces(const DecodePlan& plan, const DecodeShape& shape) {
 // KV heads in one block: the more, the longer the contiguous runs that are read; the fewer, the less there is to
 // merge when few requests fill the machine. False when no pipeline of two stages fits.
 inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLimits& device) {
-  for (int heads = plan.warps; heads >= 1; heads /= 2) {
+  const int most_heads = shape.batch_invariant ? kInvariantHeads : plan.warps;
+  for (int heads = most_heads; heads >= 1; heads /= 2) {
     if (shape.num_kv_heads % heads != 0) continue;
     plan.heads_per_block = heads;
     const int most = blocks_by_registers(shape.head_dim, plan.row_tiles) * (kMaxWarps / plan.warps);
@@ -150,7 +157,7 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
       plan.blocks = device.sm_count * per_sm;
     }
     if (!fits) return false;
-    if (heads == 1 || merge_pieces(plan, shape) <= 40 + shape.num_requests) return true;
+    if (heads == 1 || shape.batch_invariant || merge_pieces(plan, shape) <= 40 + shape.num_requests) return true;
   }
   return false;
 }
@@ -160,6 +167,7 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
   DecodePlan plan;
   plan.row_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
   plan.row_tiles = std::min(plan.row_tiles, max_row_tiles(shape.head_dim));
+  plan.max_pieces = shape.batch_invariant ? kInvariantPieces : 0;
   for (plan.warps = kMaxWarps; plan.warps >= 4; plan.warps /= 2)
     if (try_plan(plan, shape, device)) return plan;
   throw std::runtime_error("decode_attention: a block needs " + std::to_string(plan.shared_bytes) +
@@ -168,14 +176,24 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
 }
 
 // Workspace: the pieces' partial results from the front, one counter per query row and head from the back. Counters
-// are zero between launches. Enough for every call of at most num_query_rows rows.
-inline int64_t partial_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim) {
-  // Rows in flight per SM: 16 warps x 8 rows, or 8 warps x 16 or 32; up to 4 blocks share the rows of one request.
-  const int64_t rows_per_sm = std::min<int64_t>(kMaxWarps * kRowsPerTile * 4, 4 * num_query_rows * num_q_heads);
-  return 2 * static_cast<int64_t>(sm_count) * rows_per_sm * (head_dim + kRecordPadding) * 4;
+// are zero between launches. Enough for every call of at most num_query_rows rows (batch-invariant: requests times
+// max_q_len).
+inline int64_t decode_workspace_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim,
+                                      bool batch_invariant) {
+  const int64_t rows = num_query_rows * num_q_heads;
+  // Rows in flight per SM: 16 warps x 8 rows, or 8 warps x 16 or 32; up to 4 blocks share the rows of one request, and
+  // a block has two pieces. Batch-invariant: every piece of every row, whose last pass may be half empty.
+  const int64_t rows_per_sm = std::min<int64_t>(kMaxWarps * kRowsPerTile * 4, 4 * rows);
+  const int64_t records = batch_invariant ? 2 * kInvariantPieces * rows : 2 * sm_count * rows_per_sm;
+  return (records * (head_dim + kRecordPadding) + rows) * 4;
 }
-inline int64_t decode_workspace_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim) {
-  return partial_bytes(sm_count, num_query_rows, num_q_heads, head_dim) + num_query_rows * num_q_heads * 4;
+
+// What a launch needs of it, at most.
+inline int64_t workspace_needed(const DecodePlan& plan, const DecodeShape& shape, int64_t num_query_rows) {
+  const int64_t runs = static_cast<int64_t>(shape.num_requests) * plan.head_groups *
+                       row_passes(shape.max_q_len, plan.group, kRowsPerTile * plan.row_tiles);
+  const int64_t slots = plan.max_pieces > 0 ? plan.max_pieces * runs : 2 * plan.blocks;
+  return (slots * plan.piece_floats + num_query_rows * shape.num_q_heads) * 4;
 }
 
 }  // namespace saw_int4

@@ -27,11 +27,11 @@ struct Piece {
   QueryRows rows;
   int kv_head;  // first of the block's
   int tile_begin, tile_end;
-  int first_block, last_block;  // that share the run; equal when the piece is all of it
-  int first_slot;               // of the workspace, where first_block writes
+  int pieces, index;          // of the run, and which this one is
+  int first_slot, next_slot;  // of the workspace: where the run's piece 0 lies, and where the others count from
+  int slot_step;
 
-  // Any other block meets the run at the start of its stretch.
-  SAW_INT4_DEVICE int slot(int block) const { return block == first_block ? first_slot : 2 * block; }
+  SAW_INT4_DEVICE int slot(int i) const { return i == 0 ? first_slot : next_slot + i * slot_step; }
 };
 
 // What the walk reads of a request, in one trip to memory.
@@ -52,7 +52,7 @@ SAW_INT4_DEVICE Request fetch_request(const DecodeParams& p, int b) {
 template <int NT>
 class Cursor {
  public:
-  static constexpr int kFreeAt = 80;  // of the scratch: 16 bytes for the block's own use
+  static constexpr int kFreeAt = 96;  // of the scratch: 16 bytes for the block's own use
   // scratch: kDecodeScratchBytes of shared memory, 16-byte aligned.
   SAW_INT4_DEVICE explicit Cursor(uint32_t scratch) : scratch_(scratch) {}
 
@@ -99,18 +99,21 @@ class Cursor {
   SAW_INT4_DEVICE Piece piece(const DecodePlan& plan) const {
     const auto a = dev::ld_shared<uint4>(scratch_ + kPieceAt), b = dev::ld_shared<uint4>(scratch_ + kPieceAt + 16);
     const auto c = dev::ld_shared<uint4>(scratch_ + kPieceAt + 32);
+    const auto d = dev::ld_shared<uint2>(scratch_ + kPieceAt + 48);
     const auto i = [](uint32_t x) { return static_cast<int>(x); };
-    return {i(a.x), i(a.y), i(a.z), {i(a.w), i(b.x), i(b.y), plan.group, plan.group_magic}, i(b.z), i(b.w), i(c.x),
-            i(c.y), i(c.z), i(c.w)};
+    return {i(a.x), i(a.y), i(a.z), {i(a.w), i(b.x), i(b.y), plan.group, plan.group_magic},
+            i(b.z), i(b.w), i(c.x), i(c.y),
+            i(c.z), i(c.w), i(d.x), i(d.y)};
   }
 
  private:
   static constexpr int kPieceAt = 32, kNoPiece = -1;  // no request has this table row
-  static_assert(kPieceAt + 48 <= kFreeAt && kFreeAt + 16 <= kDecodeScratchBytes);
+  static_assert(kPieceAt + 56 <= kFreeAt && kFreeAt + 16 <= kDecodeScratchBytes);
   uint32_t scratch_;
 
   static SAW_INT4_DEVICE int units_of(const DecodePlan& plan, int64_t window, const Request& r) {
-    return request_units(r.seq_len, r.q_len, window, plan.tile_shift, plan.group, kRowsPerTile * NT, plan.head_groups);
+    return request_units(r.seq_len, r.q_len, window, plan.tile_shift, plan.max_pieces, plan.group, kRowsPerTile * NT,
+                         plan.head_groups);
   }
 
   // The piece that begins at `unit` and ends with its run or at `stop`, to shared memory, and where the walk goes on.
@@ -118,24 +121,38 @@ class Cursor {
   SAW_INT4_DEVICE void write_piece(const DecodeParams& p, const DecodePlan& plan, const Stretches& stretches, int unit,
                                    int stop, int before, int b, Request r) const {
     SAW_INT4_UNROLL_BY(1)
-    for (int units = units_of(plan, p.window, r); unit >= before + units; units = units_of(plan, p.window, r)) {
-      before += units;
+    for (int n = units_of(plan, p.window, r); unit >= before + n; n = units_of(plan, p.window, r)) {
+      before += n;
       r = fetch_request(p, ++b);
     }
     const TileRange range = tile_range(r.seq_len, r.q_len, p.window, plan.tile_shift);
     const int passes = row_passes(r.q_len, plan.group, kRowsPerTile * NT);
-    const int run = (unit - before) / range.tiles, head_group = passes == 1 ? run : run / passes;
+    const RunUnits units = run_units(range.tiles, plan.max_pieces);
+    const int run = (unit - before) / units.units, head_group = passes == 1 ? run : run / passes;
     const int first_row = (run - head_group * passes) * kRowsPerTile * NT, left = r.q_len * plan.group - first_row;
-    const int run_begin = before + run * range.tiles, run_end = run_begin + range.tiles;
-    const int end = stop < run_end ? stop : run_end;
-    const int first_block = stretches.block_of(run_begin);
+    const int run_begin = before + run * units.units, run_end = run_begin + units.units;
+    int end = stop < run_end ? stop : run_end, pieces = 0, index = 0, first_slot = run_begin, next_slot = run_begin;
+    if (plan.max_pieces == 0) {
+      const int first_block = stretches.block_of(run_begin);
+      pieces = stretches.block_of(run_end - 1) - first_block + 1;
+      index = dev::block_index() - first_block;
+      first_slot = stretches.slot(run_begin, first_block);
+      next_slot = 2 * first_block;  // other blocks meet the run at the start of their stretches
+    } else {
+      end = unit + 1;
+      pieces = units.units;
+      index = unit - run_begin;
+    }
+    const int begin_tile = (unit - run_begin) * units.tiles_per_unit,
+              end_tile = (end - run_begin) * units.tiles_per_unit;
     const auto u = [](int x) { return static_cast<uint32_t>(x); };
     const uint32_t at = scratch_ + kPieceAt;
     dev::st_shared(at, uint4{u(r.table_row), u(r.seq_len), u(r.q_len), u(r.first_token)});
     dev::st_shared(at + 16, uint4{u(first_row), u(left < kRowsPerTile * NT ? left : kRowsPerTile * NT),
-                                  u(head_group * plan.heads_per_block), u(range.first_tile + unit - run_begin)});
-    dev::st_shared(at + 32, uint4{u(range.first_tile + end - run_begin), u(first_block),
-                                  u(stretches.block_of(run_end - 1)), u(stretches.slot(run_begin, first_block))});
+                                  u(head_group * plan.heads_per_block), u(range.first_tile + begin_tile)});
+    dev::st_shared(at + 32, uint4{u(range.first_tile + (end_tile < range.tiles ? end_tile : range.tiles)), u(pieces),
+                                  u(index), u(first_slot)});
+    dev::st_shared(at + 48, uint2{u(next_slot), u(plan.max_pieces == 0 ? 2 : 1)});
     dev::st_shared(scratch_, uint4{u(end), u(stop), u(before), u(b)});
     dev::st_shared<int32_t>(scratch_ + 16, stretches.units);
   }

@@ -99,10 +99,10 @@ void decode_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::
                       const OptionalTensor& workspace, int64_t max_q_len, int64_t page_size, double sm_scale,
                       int64_t rotation_order, bool rotate_v, const OptionalTensor& k_mean,
                       const OptionalTensor& k_scale, const OptionalTensor& k_sign, double logit_cap, int64_t window,
-                      const OptionalTensor& sinks, const OptionalTensor& tree_mask) {
+                      const OptionalTensor& sinks, const OptionalTensor& tree_mask, bool batch_invariant) {
   const DecodeParams p = decode_params(q, k_cache, v_cache, slot_table, table_rows, seq_lens, q_indptr, out, lse,
                                        workspace, max_q_len, page_size, sm_scale, rotation_order, rotate_v, k_mean,
-                                       k_scale, k_sign, logit_cap, window, sinks, tree_mask);
+                                       k_scale, k_sign, logit_cap, window, sinks, tree_mask, batch_invariant);
   check_values(p, slot_table.size(0), slot_table.size(1), q.size(0));
   const Plan plan = make_plan(p);
   const CpuKernels& kernels = cpu_kernels();

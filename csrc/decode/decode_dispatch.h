@@ -16,7 +16,7 @@ namespace saw_int4 {
 template <int D>
 void launch_decode(const DecodeParams& p, const DecodePlan& plan, Stream stream);
 
-inline void check_decode(const DecodeParams& p, const DecodePlan& plan) {
+inline void check_decode(const DecodeParams& p, const DecodePlan& plan, const DecodeShape& shape) {
   const auto fail = [](const std::string& text) { throw std::runtime_error("decode_attention: " + text); };
   if (p.dtype == DType::kFloat32) fail("q is float32, the CUDA kernel takes bfloat16 or float16; convert q and out");
   check_row_alignment(p.q, p.q_token_stride, p.dtype, "decode_attention", "q");
@@ -24,10 +24,10 @@ inline void check_decode(const DecodeParams& p, const DecodePlan& plan) {
     fail("k_cache or v_cache does not start at a multiple of 16 bytes; pass the whole pool tensor");
   const int passes = row_passes(p.max_q_len, plan.group, kRowsPerTile * plan.row_tiles);
   const int64_t units = ((p.table_stride >> plan.tile_shift) + 1) * p.num_requests * plan.head_groups * passes;
-  if (units > INT32_MAX || p.max_q_len * plan.group > UINT16_MAX)
+  if (units > INT32_MAX - plan.blocks || p.max_q_len * plan.group > UINT16_MAX)
     fail(std::to_string(p.num_requests) + " requests of " + std::to_string(p.max_q_len) + " query rows and " +
          std::to_string(p.table_stride) + " tokens are more than one launch can count; call it with fewer requests");
-  const int64_t needed = 2 * plan.blocks * plan.piece_floats * 4 + p.num_query_rows * p.num_q_heads * 4;
+  const int64_t needed = workspace_needed(plan, shape, p.num_query_rows);
   if (p.workspace == nullptr || p.workspace_bytes < needed || p.workspace_bytes % 4 != 0)
     fail("workspace has " + std::to_string(p.workspace_bytes) + " bytes, expected at least " + std::to_string(needed) +
          " for " + std::to_string(p.num_query_rows) + " query rows; make it with ops.decode_workspace");
@@ -35,8 +35,9 @@ inline void check_decode(const DecodeParams& p, const DecodePlan& plan) {
 
 inline void decode(const DecodeParams& p, const DeviceLimits& limits, Stream stream) {
   if (p.num_requests == 0) return;
-  const DecodePlan plan = decode_plan({p.head_dim, p.num_q_heads, p.num_kv_heads, p.num_requests, p.max_q_len}, limits);
-  check_decode(p, plan);
+  const DecodeShape shape{p.head_dim, p.num_q_heads, p.num_kv_heads, p.num_requests, p.max_q_len, p.batch_invariant};
+  const DecodePlan plan = decode_plan(shape, limits);
+  check_decode(p, plan, shape);
   dispatch_head_dim(p.head_dim, "decode_attention", [&](auto head_dim) { launch_decode<head_dim()>(p, plan, stream); });
 }
 

@@ -368,8 +368,9 @@ SAW_INT4_DEVICE void finish_row(const DecodeParams& p, const DecodePlan& plan, c
                (piece.kv_head + head) * piece.rows.group + piece.rows.head(row));
 }
 
-SAW_INT4_DEVICE uint8_t* piece_memory(const DecodeParams& p, const DecodePlan& plan, const Piece& piece, int block) {
-  return static_cast<uint8_t*>(p.workspace) + piece.slot(block) * plan.piece_floats * 4;
+// Where piece i of the run lies in the workspace.
+SAW_INT4_DEVICE uint8_t* piece_memory(const DecodeParams& p, const DecodePlan& plan, const Piece& piece, int i) {
+  return static_cast<uint8_t*>(p.workspace) + piece.slot(i) * plan.piece_floats * 4;
 }
 
 // The softmax states of the block's warps to finished rows, or to the block's slot of the workspace.
@@ -412,10 +413,10 @@ SAW_INT4_DEVICE void write_piece(Softmax<D, NT>& s, const DecodeParams& p, const
       const int index = i + (nt * kRowsPerTile << plan.heads_shift);
       RowPiece<D> sum = sum_records<D>(records + (head * plan.ways * kRowsPerTile + row) * Record<D>::kBytes,
                                        kRowsPerTile * Record<D>::kBytes, plan.ways);
-      if (piece.first_block == piece.last_block) {
+      if (piece.pieces == 1) {
         finish_row<D>(p, plan, piece, sum, index);
       } else {
-        uint8_t* to = piece_memory(p, plan, piece, dev::block_index()) + index * Record<D>::kBytes;
+        uint8_t* to = piece_memory(p, plan, piece, piece.index) + index * Record<D>::kBytes;
         store_record(sum, [&](int at, const float4& x) { dev::st_global(reinterpret_cast<float4*>(to + at), x); });
       }
     }
@@ -428,7 +429,7 @@ template <int D>
 SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, const Piece& piece) {
   constexpr int kRow = Record<D>::kBytes;
   const uint32_t base = dev::shared_base();
-  const int pieces = piece.last_block - piece.first_block + 1, all_rows = piece.rows.rows << plan.heads_shift;
+  const int pieces = piece.pieces, all_rows = piece.rows.rows << plan.heads_shift;
   const int fitting = plan.stages_bytes / (pieces * kRow), at_once = fitting < plan.warps ? plan.warps : fitting;
   SAW_INT4_UNROLL_BY(1)
   for (int first_row = 0; first_row < all_rows; first_row += at_once) {
@@ -439,7 +440,7 @@ SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, co
       const int kept = done > 0 ? 1 : 0, left = pieces - done, more = left < room - kept ? left : room - kept;
       SAW_INT4_UNROLL_BY(1)
       for (int i = dev::warp_id(); i < more; i += plan.warps) {
-        const uint8_t* from = piece_memory(p, plan, piece, piece.first_block + done + i) + first_row * kRow;
+        const uint8_t* from = piece_memory(p, plan, piece, done + i) + first_row * kRow;
         SAW_INT4_UNROLL_BY(4)
         for (int at = 16 * dev::lane_id(); at < bytes; at += 16 * 32)
           dev::cp_async_zfill<16>(base + (kept + i) * bytes + at, from + at, true);
@@ -461,7 +462,7 @@ SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, co
   }
 }
 
-// Counts this block's piece of a run; true for the last of the run's blocks.
+// Counts a piece of a run; true for the last.
 SAW_INT4_DEVICE bool arrives_last(const DecodeParams& p, const Piece& piece, uint32_t scratch) {
   // The counter is that of the run's first query row and head.
   const int64_t first_row = static_cast<int64_t>(piece.rows.first_token + piece.rows.token(0)) * p.num_q_heads +
@@ -473,7 +474,7 @@ SAW_INT4_DEVICE bool arrives_last(const DecodeParams& p, const Piece& piece, uin
   if (dev::thread_index() == 0) dev::st_shared<uint32_t>(scratch, dev::atomic_add_u32(counter, 1));
   dev::block_sync();
   const int arrived = static_cast<int>(dev::ld_shared<uint32_t>(scratch)) + 1;
-  if (arrived != piece.last_block - piece.first_block + 1) return false;
+  if (arrived != piece.pieces) return false;
   dev::thread_fence();
   if (dev::thread_index() == 0) dev::st_global(counter, 0u);  // for the next launch
   return true;
@@ -492,8 +493,7 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * kMaxWarps, blocks_by_registers(D, NT
     reset<D, NT>(state);
     run_tiles<D, NT>(state, p, plan, piece);
     write_piece<D, NT>(state, p, plan, piece);
-    if (piece.first_block != piece.last_block && arrives_last(p, piece, scratch + cursor.kFreeAt))
-      merge_run<D>(p, plan, piece);
+    if (piece.pieces > 1 && arrives_last(p, piece, scratch + cursor.kFreeAt)) merge_run<D>(p, plan, piece);
     dev::block_sync();
     cursor.next(p, plan);
     dev::block_sync();

@@ -4,6 +4,9 @@
 // tiles fastest. The units of all requests form one line, cut every ceil(total / blocks) units: each block takes one
 // stretch. Cuts follow from seq_lens alone, so that a captured launch is balanced at every replay. A run of tiles that
 // several blocks share (a "piece" each) is merged by the last of them to finish.
+//
+// Where a run is cut thus depends on the batch, and with it the rounding of its sums. A batch-invariant launch makes
+// units of several tiles instead, by the length of their own run alone, and every unit a piece.
 #pragma once
 
 #include <cstdint>
@@ -36,11 +39,23 @@ SAW_INT4_HD constexpr int row_passes(int q_len, int group, int rows_per_pass) {
   return (q_len * group + rows_per_pass - 1) / rows_per_pass;
 }
 
+// How a run of tiles becomes units of tiles_per_unit tiles each, the last perhaps of fewer. max_pieces: 0, or the most
+// units of a run in a batch-invariant launch.
+struct RunUnits {
+  int units, tiles_per_unit;
+};
+SAW_INT4_HD constexpr RunUnits run_units(int tiles, int max_pieces) {
+  if (max_pieces == 0) return {tiles, 1};
+  const int tiles_per_unit = (tiles + max_pieces - 1) / max_pieces;
+  return {(tiles + tiles_per_unit - 1) / tiles_per_unit, tiles_per_unit};
+}
+
 // Units of a request; 0 when it has no query rows.
-SAW_INT4_HD constexpr int request_units(int seq_len, int q_len, int64_t window, int tile_shift, int group,
-                                        int rows_per_pass, int head_groups) {
+SAW_INT4_HD constexpr int request_units(int seq_len, int q_len, int64_t window, int tile_shift, int max_pieces,
+                                        int group, int rows_per_pass, int head_groups) {
   if (q_len == 0) return 0;
-  return tile_range(seq_len, q_len, window, tile_shift).tiles * row_passes(q_len, group, rows_per_pass) * head_groups;
+  return run_units(tile_range(seq_len, q_len, window, tile_shift).tiles, max_pieces).units *
+         row_passes(q_len, group, rows_per_pass) * head_groups;
 }
 
 // The line of all units, cut into stretches of equal length; the last may be shorter, and blocks past it have none. No

@@ -15,7 +15,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from saw_int4 import ops
+from saw_int4 import env, ops
 from saw_int4.sglang_plugin import prefill, verify
 from saw_int4.sglang_plugin.plan import Group, Plan, decode_limit, plan_decode, plan_extend, translate_slots
 from saw_int4.sglang_plugin.pool import Int4KVPool, locate, pools_of
@@ -44,6 +44,7 @@ class Int4AttentionBackend(AttentionBackend):
         self.has_swa_pool = hasattr(self.kv_pool, "swa_kv_pool")
         self._workspaces: list[torch.Tensor] = []  # only the last is in use; captured graphs hold the others' addresses
         self._workspace_rows = self._graph_rows = 0
+        self._batch_invariant = env.published().batch_invariant
         self._verify_buffers: VerifyBuffers | None = None  # where verifications are captured
         self._bf16_layers = TorchNativeAttnBackend(model_runner)  # attention of layers that stay in BF16, on CPU only
         self._layers: dict[int, tuple[Int4KVPool, int, bool]] = {}  # checked layers, as pool.locate finds them
@@ -103,11 +104,12 @@ class Int4AttentionBackend(AttentionBackend):
     def support_triton(self) -> bool:
         return torch.cuda.is_available()
 
-    def _workspace(self, q: torch.Tensor) -> torch.Tensor | None:
-        """Scratch of decode_attention for these query rows; grows in the eager pass before a capture, not in it."""
-        rows = max(q.shape[0], self._graph_rows)
+    def _workspace(self, q: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """Scratch of decode_attention for so many query rows; grows in the eager pass before a capture, not in it."""
+        rows = max(rows, self._graph_rows)
         if q.is_cuda and rows > self._workspace_rows:
-            self._workspaces.append(ops.decode_workspace(q.device, rows, q.shape[1], q.shape[2]))
+            workspace = ops.decode_workspace(q.device, rows, *q.shape[1:], batch_invariant=self._batch_invariant)
+            self._workspaces.append(workspace)
             self._workspace_rows = rows
         return self._workspaces[-1] if self._workspaces else None
 
@@ -172,7 +174,8 @@ class Int4AttentionBackend(AttentionBackend):
             max_q_len=short.max_q_len,
             tree_mask=short.tree_mask,
             page_size=self.page_size,
-            workspace=self._workspace(q),
+            batch_invariant=self._batch_invariant,
+            workspace=self._workspace(q, len(short.seq_lens) * short.max_q_len),
             rotation_order=pool.format.rotation_order,
             rotate_v=pool.format.rotate_v,
             k_mean=transform.mean,

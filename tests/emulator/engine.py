@@ -23,7 +23,7 @@ class EmulatedEngine:
 
     def __init__(self) -> None:
         self._library = build.load_library("_emulated_ops", SOURCES, link_torch=True)
-        self._workspaces: dict[tuple[int, int], Tensor] = {}
+        self._workspaces: dict[tuple[int, int, bool], Tensor] = {}
 
     def configure(self, *, order: str = "ascending", resident_blocks: int = 1, seed: int = 0, sm_count: int = 4):
         """How later launches run: block order "ascending", "descending" or "shuffled"; blocks in flight at a time;
@@ -69,6 +69,7 @@ class EmulatedEngine:
         window: int = -1,
         sinks: Tensor | None = None,
         tree_mask: Tensor | None = None,
+        batch_invariant: bool = False,
         out: Tensor | None = None,
         lse: Tensor | None = None,
         workspace: Tensor | None = None,
@@ -77,7 +78,7 @@ class EmulatedEngine:
             # NaN where the kernel forgets to write.
             out = torch.full(q.shape, float("nan"), dtype=q.dtype)
         if workspace is None:
-            workspace = self._workspace_for(q)
+            workspace = self._workspace_for(q, len(seq_lens) * max_q_len, batch_invariant)
         self._library.decode_attention(
             q,
             k_cache,
@@ -101,17 +102,18 @@ class EmulatedEngine:
             window,
             sinks,
             tree_mask,
+            batch_invariant,
         )
         return out
 
-    def _workspace_for(self, q: Tensor) -> Tensor:
+    def _workspace_for(self, q: Tensor, rows: int, batch_invariant: bool) -> Tensor:
         """One workspace for all calls of a model's shape, as a server has: what a call leaves, the next one finds."""
-        rows, heads, head_dim = q.shape
-        needed = self._library.decode_workspace_bytes(max(rows, 64), heads, head_dim)
-        workspace = self._workspaces.get((heads, head_dim))
-        if workspace is None or workspace.numel() < needed:
-            workspace = self._workspaces[heads, head_dim] = torch.zeros(needed, dtype=torch.uint8)
-        return workspace
+        _, heads, head_dim = q.shape
+        needed = self._library.decode_workspace_bytes(max(rows, 64), heads, head_dim, batch_invariant)
+        key = (heads, head_dim, batch_invariant)
+        if key not in self._workspaces or self._workspaces[key].numel() < needed:
+            self._workspaces[key] = torch.zeros(needed, dtype=torch.uint8)
+        return self._workspaces[key]
 
     def gather_kv(self, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_out: Tensor, v_out: Tensor) -> None:
         self._library.gather_kv(k_cache, v_cache, slots, k_out, v_out)

@@ -49,10 +49,10 @@ void decode_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::
                       const OptionalTensor& workspace, int64_t max_q_len, int64_t page_size, double sm_scale,
                       int64_t rotation_order, bool rotate_v, const OptionalTensor& k_mean,
                       const OptionalTensor& k_scale, const OptionalTensor& k_sign, double logit_cap, int64_t window,
-                      const OptionalTensor& sinks, const OptionalTensor& tree_mask) {
+                      const OptionalTensor& sinks, const OptionalTensor& tree_mask, bool batch_invariant) {
   const DecodeParams p = decode_params(q, k_cache, v_cache, slot_table, table_rows, seq_lens, q_indptr, out, lse,
                                        workspace, max_q_len, page_size, sm_scale, rotation_order, rotate_v, k_mean,
-                                       k_scale, k_sign, logit_cap, window, sinks, tree_mask);
+                                       k_scale, k_sign, logit_cap, window, sinks, tree_mask, batch_invariant);
   std::vector<Range> ranges;
   add_rows(ranges, "q", q, Access::kRead);
   add(ranges, "k_cache", k_cache, Access::kRead);
@@ -107,8 +107,9 @@ PYBIND11_MODULE(SAW_INT4_MODULE, m) {
   bind_machine(m);
   m.def("append_kv", &append_kv);
   m.def("decode_attention", &decode_attention);
-  m.def("decode_workspace_bytes", [](int64_t num_query_rows, int num_q_heads, int head_dim) {
-    return saw_int4::decode_workspace_bytes(machine().options().sm_count, num_query_rows, num_q_heads, head_dim);
+  m.def("decode_workspace_bytes", [](int64_t num_query_rows, int num_q_heads, int head_dim, bool batch_invariant) {
+    return saw_int4::decode_workspace_bytes(machine().options().sm_count, num_query_rows, num_q_heads, head_dim,
+                                            batch_invariant);
   });
   m.def("gather_kv", &gather_kv);
   m.def("transform_rows", &transform_rows_op);

@@ -62,6 +62,11 @@ def test_calibration():
     assert Path(env.resolve({env.CALIBRATION: "a.safetensors"})[0].calibration).is_absolute()
 
 
+def test_batch_invariance():
+    assert not env.resolve({})[0].batch_invariant
+    assert env.resolve({env.BATCH_INVARIANT: "1"})[0].batch_invariant
+
+
 def test_format_of_options():
     assert env.Options().kv_format(128) == env.Options("k").kv_format(128)  # not calibrated: keys alone
     assert env.Options().kv_format(128).rotation_order == 128

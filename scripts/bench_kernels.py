@@ -5,9 +5,10 @@
     scripts/bench_kernels.py --op decode --device cpu --threads 1 --json decode.json
 
 decode is compared with BF16 attention: PyTorch's scaled_dot_product_attention over contiguous K and V, and SGLang's
-own backend for the device over the same shuffled pages (torch_native on a CPU), where SGLang is installed. append and
-gather are compared with copying as many bytes, and append with a BF16 store to the same slots. Candidates take turns
-within a line. On a CPU with --threads 1 the time is processor time, which a busy machine does not disturb.
+own backend for the device over the same shuffled pages (torch_native on a CPU) and FlashInfer, where they are
+installed. append and gather are compared with copying as many bytes, and append with a BF16 store to the same slots.
+Candidates take turns within a line. On a CPU with --threads 1 the time is processor time, which a busy machine does not
+disturb. On a GPU every candidate is a CUDA graph of calls over as many different caches as L2 cannot hold.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from saw_int4.torchvision_compat import define_missing_operators  # noqa: E402
 
 DECODE_BATCHES = {"cpu": (1, 8), "cuda": (1, 8, 64, 256)}
 DECODE_CONTEXTS = {"cpu": (128, 1024, 4096, 16384), "cuda": (1024, 4096, 16384, 65536)}
+ROTATED_BYTES = 3 * 10**8  # on a GPU, of the INT4 or BF16 caches that the calls of a line go through
 TOKENS = {"cpu": (1, 64, 2048), "cuda": (1, 64, 2048, 16384)}
 
 
@@ -62,36 +64,43 @@ def torch_native_decode(q, k, v, table, rows, lens, scale):
 
 
 def triton_decode(q, k, v, table, lens, scale):
-    """SGLang's Triton decode over 16-bit pages, or None where SGLang is not installed."""
+    """SGLang's Triton decode over 16-bit pages, split as its backend does, or None where SGLang is not installed."""
     try:
-        from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
+        import triton
+        from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+        from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
     except ImportError:
         return None
     batch, heads, head_dim = q.shape
-    splits = 16
+    most = 8  # --triton-attention-num-kv-splits
     indptr = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * table.shape[1]
-    out, lse = torch.empty_like(q), torch.empty(batch, heads, splits, device=q.device)
-    acc = torch.empty(batch, heads, splits, head_dim, device=q.device)
-    num_splits = torch.full((batch,), splits, dtype=torch.int32, device=q.device)
+    out, lse = torch.empty_like(q), torch.empty(batch, heads, most, device=q.device)
+    acc = torch.empty(batch, heads, most, head_dim, device=q.device)
+    splits = torch.empty(batch, dtype=torch.int32, device=q.device)
+    sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    get_num_kv_splits_triton[(1,)](
+        splits, lens, batch, 1, heads, k.shape[1], most, sms, MAX_NUM_SEQ=max(256, triton.next_power_of_2(batch))
+    )
     slots = table.flatten().long()
-    return lambda: decode_attention_fwd(q, k, v, out, indptr, slots, acc, lse, num_splits, splits, scale, 1.0, 1.0)
+    return lambda: decode_attention_fwd(q, k, v, out, indptr, slots, acc, lse, splits, most, scale, 1.0, 1.0)
 
 
-def flashinfer_decode(q, k, v, table, scale):
-    """FlashInfer's BF16 decode over pages of one slot, or None where FlashInfer is not installed."""
+def flashinfer_decode(q, k, v, table, page_size, scale, tensor_cores):
+    """FlashInfer's BF16 decode over the same pages, or None where FlashInfer is not installed."""
     try:
         import flashinfer
     except ImportError:
         return None
     batch, context = table.shape
-    workspace = torch.empty(2**28, dtype=torch.uint8, device=q.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
-    indptr = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * context
-    last = torch.ones(batch, dtype=torch.int32, device=q.device)
-    wrapper.plan(
-        indptr, table.flatten(), last, q.shape[1], k.shape[1], q.shape[2], 1, q_data_type=q.dtype, sm_scale=scale
-    )
-    return lambda: wrapper.run(q, (k[:, None], v[:, None]))
+    workspace = torch.empty(2**27, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
+    indptr = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * (context // page_size)
+    pages = (table[:, ::page_size] // page_size).flatten()
+    last = torch.full((batch,), page_size, dtype=torch.int32, device=q.device)
+    shape = (q.shape[1], k.shape[1], q.shape[2], page_size)
+    wrapper.plan(indptr, pages, last, *shape, q_data_type=q.dtype, kv_data_type=q.dtype, sm_scale=scale)
+    paged = tuple(x.view(-1, page_size, *x.shape[1:]) for x in (k, v))
+    return lambda: wrapper.run(q, paged)
 
 
 class Bench:
@@ -103,12 +112,22 @@ class Bench:
         self.results: list[dict] = []
         self.args = args
 
-    def time(self, calls: dict) -> dict[str, Timing]:
-        calls = {name: call for name, call in calls.items() if call is not None}
+    def time(self, rounds: list[dict]) -> dict[str, Timing]:
+        """Seconds of one call of each candidate; ``rounds`` holds the same candidates over different data."""
+        names = [name for name, call in rounds[0].items() if call is not None]
+        calls = {name: self.one_after_the_other([calls[name] for calls in rounds]) for name in names}
         if self.device.type == "cuda":
-            # A candidate that synchronises cannot be captured; it is then timed as it is launched.
-            calls = {name: captured(call) if name.startswith("int4") else call for name, call in calls.items()}
-        return time_calls(calls, self.device, self.seconds, self.processor_time)
+            calls = {name: captured(call) for name, call in calls.items()}
+        timings = time_calls(calls, self.device, self.seconds, self.processor_time)
+        return {name: Timing(*(x / len(rounds) for x in vars(t).values())) for name, t in timings.items()}
+
+    @staticmethod
+    def one_after_the_other(calls: list):
+        def run():
+            for call in calls:
+                call()
+
+        return run
 
     def report(self, op: str, shape: dict, nbytes: int, timings: dict[str, Timing]) -> None:
         # The best call is what the code costs; the median is what this machine, with its load, made of it.
@@ -129,19 +148,36 @@ class Bench:
         for head_dim in self.args.head_dims:
             for batch in self.args.batches or DECODE_BATCHES[kind]:
                 for context in self.args.contexts or DECODE_CONTEXTS[kind]:
-                    self.decode_shape(head_dim, batch, context, self.args.kv_heads, group, scale)
+                    for rows in self.args.q_rows:
+                        self.decode_shape(head_dim, batch, context, rows, self.args.kv_heads, group, scale)
 
-    def decode_shape(self, head_dim: int, batch: int, context: int, heads: int, group: int, scale: float) -> None:
+    def decode_shape(
+        self, head_dim: int, batch: int, context: int, q_rows: int, heads: int, group: int, scale: float
+    ) -> None:
         bf16_bytes = 4 * batch * context * heads * head_dim  # K and V
         limit = self.args.max_gib * 2**30
         if 2.3 * bf16_bytes > limit:  # the 16-bit pages, contiguous copies of them, the INT4 pages
             print(f"decode: head_dim {head_dim}, batch {batch}, context {context}: left out, needs more than "
                   f"--max-gib {self.args.max_gib} GiB", flush=True)  # fmt: skip
             return
-        slots, rows_of_q = batch * context, self.args.q_rows
+        nbytes = 2 * batch * context * heads * row_bytes(head_dim) + 4 * batch * q_rows * heads * group * head_dim
+        copies = 1
+        if self.device.type == "cuda":
+            copies = max(1, min(64, -(-ROTATED_BYTES // nbytes)))
+        rounds = [self.decode_calls(head_dim, batch, context, q_rows, heads, group, scale) for _ in range(copies)]
+        shape = {"head_dim": head_dim, "batch": batch, "context": context, "heads": f"{heads * group}/{heads}"}
+        if q_rows > 1:
+            shape["rows"] = q_rows
+        self.report("decode", shape, nbytes, self.time(rounds))
+
+    def decode_calls(
+        self, head_dim: int, batch: int, context: int, q_rows: int, heads: int, group: int, scale: float
+    ) -> dict:
+        """The candidates over fresh data."""
+        slots = batch * context
         table = shuffled_pages(batch, context, self.args.page_size, self.device)
         k, v = (torch.randn(slots, heads, head_dim, device=self.device, dtype=torch.bfloat16) for _ in range(2))
-        q = torch.randn(batch * rows_of_q, heads * group, head_dim, device=self.device, dtype=torch.bfloat16)
+        q = torch.randn(batch * q_rows, heads * group, head_dim, device=self.device, dtype=torch.bfloat16)
         caches = [
             torch.empty(slots, heads, row_bytes(head_dim), dtype=torch.uint8, device=self.device) for _ in range(2)
         ]
@@ -150,17 +186,19 @@ class Bench:
         lens = torch.full((batch,), context, device=self.device)
         order = default_rotation_order(head_dim)
         ops.append_kv(k, v, *caches, every, rotation_order=order)
-        workspace = ops.decode_workspace(self.device, *q.shape)
         out = torch.empty_like(q)
 
-        def int4(rotation_order: int):
+        def int4(rotation_order: int, batch_invariant: bool = False):
+            workspace = ops.decode_workspace(self.device, *q.shape, batch_invariant=batch_invariant)
             return lambda: ops.decode_attention(
-                q, *caches, table, rows, lens, sm_scale=scale, max_q_len=rows_of_q, page_size=self.args.page_size,
-                rotation_order=rotation_order, out=out, workspace=workspace,
+                q, *caches, table, rows, lens, sm_scale=scale, max_q_len=q_rows, page_size=self.args.page_size,
+                rotation_order=rotation_order, batch_invariant=batch_invariant, out=out, workspace=workspace,
             )  # fmt: skip
 
         calls = {"int4": int4(order), "int4 unrotated": int4(1)}
-        if rows_of_q == 1:
+        if self.device.type == "cuda":
+            calls["int4 batch-invariant"] = int4(order, batch_invariant=True)
+        if q_rows == 1:
             index = table.long()
             near_k, near_v = (x[index].transpose(1, 2).contiguous() for x in (k, v))
             calls["bf16 sdpa, contiguous K/V"] = lambda: F.scaled_dot_product_attention(
@@ -168,17 +206,15 @@ class Bench:
             )
             if self.device.type == "cuda":
                 calls["bf16 triton"] = triton_decode(q, k, v, table, lens, scale)
-                calls["bf16 flashinfer"] = flashinfer_decode(q, k, v, table, scale)
+                variants = {"bf16 flashinfer": False, "bf16 flashinfer, tensor cores": True}
+                for name, tensor_cores in variants.items() if self.args.flashinfer else ():
+                    calls[name] = flashinfer_decode(q, k, v, table, self.args.page_size, scale, tensor_cores)
             else:
                 calls["bf16 torch_native"] = torch_native_decode(q, k, v, table, rows, lens, scale)
         if self.args.isas:
             for isa in _C.cpu_isas()[1:]:
                 calls[f"int4 on {isa}"] = self.on_isa(isa, int4(order))
-        shape = {"head_dim": head_dim, "batch": batch, "context": context, "heads": f"{heads * group}/{heads}"}
-        if rows_of_q > 1:
-            shape["rows"] = rows_of_q
-        nbytes = 2 * slots * heads * row_bytes(head_dim) + 4 * q.numel()
-        self.report("decode", shape, nbytes, self.time(calls))
+        return calls
 
     @staticmethod
     def on_isa(isa: str, call):
@@ -213,7 +249,7 @@ class Bench:
                 source = torch.zeros(nbytes // 2, dtype=torch.uint8, device=self.device)
                 target = torch.empty_like(source)
                 calls["copying its bytes"] = lambda target=target, source=source: target.copy_(source)
-                self.report(op, shape, nbytes, self.time(calls))
+                self.report(op, shape, nbytes, self.time([calls]))
 
     def append_calls(self, wide, caches, slots) -> dict:
         order = default_rotation_order(wide[0].shape[2])
@@ -244,7 +280,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=4, help="query heads per KV head")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--contexts", type=int, nargs="+")
-    parser.add_argument("--q-rows", type=int, default=1, help="query rows per request")
+    parser.add_argument("--q-rows", type=int, nargs="+", default=[1], help="query rows per request")
+    parser.add_argument("--no-flashinfer", dest="flashinfer", action="store_false", help="it compiles for minutes")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--tokens", type=int, nargs="+", help="for append and gather")
     parser.add_argument("--threads", type=int, help="CPU threads")

@@ -3,8 +3,8 @@
 
 namespace saw_int4 {
 
-void append_on_cuda(const AppendParams& p, cudaStream_t stream) {
-  append(p, stream);
+void append_on_cuda(const AppendParams& p, const DeviceLimits& limits, cudaStream_t stream) {
+  append(p, limits, stream);
 }
 
 }  // namespace saw_int4

@@ -5,6 +5,7 @@
 
 #include "append/append_cuda.h"
 #include "checks.h"
+#include "common/launch.h"
 
 namespace saw_int4 {
 namespace {
@@ -14,7 +15,7 @@ void append_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cac
                const OptionalTensor& k_inv_scale, const OptionalTensor& k_sign) {
   const auto p = append_params(k, v, k_cache, v_cache, slots, rotation_order, rotate_v, k_mean, k_inv_scale, k_sign);
   const c10::cuda::CUDAGuard guard(k.device());
-  append_on_cuda(p, c10::cuda::getCurrentCUDAStream());
+  append_on_cuda(p, device_limits(k.device().index()), c10::cuda::getCurrentCUDAStream());
 }
 
 }  // namespace

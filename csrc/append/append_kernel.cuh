@@ -1,11 +1,12 @@
 // K and V of T new tokens -> INT4 rows at their slots: t = sign * H_R((x - mu) / s), then 4-bit codes and their
 // fitted scale and offset, byte for byte as format.h states and csrc/cpu computes it (nothing is contracted).
 //
-// 8 lanes per row of one (token, head): lane i loads words i, i + 8, ... of it (16 bytes each, all in flight before the
-// first use) and stores the same words of codes. Hadamard strides 1, 2, 4 lie in a lane, 8 to 32
-// across lanes, 64 and 128 in a lane again; minimum and maximum take 3 shuffles each.
+// 4 lanes per row of one (token, head), 2 where head_dim <= 128: lane i takes words i, i + 4, ... of it, 64 values at
+// most, and stores the same words of codes. Hadamard strides 1, 2, 4 lie in a lane, 8 and 16 across lanes, the rest in
+// a lane again: the more of a row a lane holds, the less it shuffles, and the less is computed once per row.
 //
-// Parameters are fitted last, one row per lane: divisions and 64-bit sums then cost one row's worth per 8.
+// The next row is copied to shared memory meanwhile. Parameters are fitted last, one row per lane: divisions and 64-bit
+// sums then cost one row's worth per group of lanes.
 //
 // Bound: HBM. A head_dim 256 row of K and V moves 2 * (512 + 132) bytes, 95 cycles of an H100 SM's share = 380 issue
 // slots; README.md counts what the warp spends on four of them.
@@ -17,9 +18,17 @@
 
 namespace saw_int4 {
 
-inline constexpr int kAppendThreads = 256;
-inline constexpr int kAppendRows = kAppendThreads / kLanesPerRow;  // (token, head) pairs per block and round
-inline constexpr int kManyRowBlocks = 2048;                        // blocks' worth of rows that make several rounds pay
+inline constexpr int kAppendThreads = 64;
+// A group of lanes does several rows one after the other, if there are so many that every SM still gets enough blocks.
+inline constexpr int kAppendRounds = 8;
+inline constexpr int kAppendBlocksOfTensorPerSm = 12;
+
+template <int D>
+inline constexpr int kAppendLanes = row_lanes(D, D > 128 ? 4 : 2);  // of a row
+template <int D>
+inline constexpr int kAppendRows = kAppendThreads / kAppendLanes<D>;  // (token, head) pairs per block and round
+template <int D>
+using AppendRow = SpreadRow<D, kAppendLanes<D>>;
 
 // Adding 1.5 * 2^23 rounds a small float to an integer, half to even, and leaves it in the low bits. Sums of such bits
 // are taken modulo 2^32 and the constant removed once: no conversion, no mask.
@@ -67,73 +76,122 @@ SAW_INT4_DEVICE void close_row(const OpenRow& open) {
   for (int w = 0; w < D / kCodesPerWord; ++w) dev::st_global(reinterpret_cast<uint32_t*>(open.row) + w, 0u);
 }
 
-// Codes of 8 channels of a row, and their share of the fit.
+// The channel of a word whose code starts at a bit.
+constexpr int channel_at_bit(int bit) {
+  int channel = 0;
+  while (bit_of_channel(channel) != bit) ++channel;
+  return channel;
+}
+
+// The low bytes of x[channel] of the channels whose codes start at bits first, first + 8, first + 16, first + 24.
+SAW_INT4_DEVICE uint32_t low_bytes(const uint32_t (&x)[8], int first) {
+  const auto pair = [&](int bit) { return dev::prmt(x[channel_at_bit(bit)], x[channel_at_bit(bit + 8)], 0x0040); };
+  return dev::prmt(pair(first), pair(first + 16), 0x5410);
+}
+
+// Codes of 8 channels of a row, and their share of the fit. kClamp: some may lie outside 0 .. 15 without it.
+template <bool kClamp>
 SAW_INT4_DEVICE uint32_t quantize_word(const float (&t)[8], float offset, float inverse, FitSums& sums) {
-  uint32_t word = 0, total = 0, cross = 0, bias = 0;
+  uint32_t code_bits[8];
   SAW_INT4_UNROLL
   for (int i = 0; i < 8; ++i) {
     const float u = dev::mul_rn(dev::sub_rn(t[i], offset), inverse);
-    const float code = dev::fmin(dev::fmax(u, 0.f), float(kCodeMax));
-    const float fixed = dev::fmin(dev::fmax(u, -1.f), float(kCodeMax + 1));
-    const uint32_t code_bits = dev::float_bits(dev::add_rn(code, kRounder));
+    const float code = kClamp ? dev::fmin(dev::fmax(u, 0.f), float(kCodeMax)) : u;
+    const float fixed = kClamp ? dev::fmin(dev::fmax(u, -1.f), float(kCodeMax + 1)) : u;
+    code_bits[i] = dev::float_bits(dev::add_rn(code, kRounder));
     const uint32_t fixed_bits = dev::float_bits(dev::fma_rn(fixed, float(kFitUnits), kRounder));
-    word += code_bits << bit_of_channel(i);
-    bias += kRounderBits << bit_of_channel(i);
-    total += fixed_bits;
-    cross += code_bits * fixed_bits;
+    sums.total += fixed_bits;
+    sums.cross += code_bits[i] * fixed_bits;
   }
-  word -= bias;
-  total -= 8 * kRounderBits;
-  const uint32_t even = word & 0x0f0f0f0fu, odd = word >> 4 & 0x0f0f0f0fu;
-  const uint32_t s1 = dev::dot_u8x4(even, 0x01010101u, dev::dot_u8x4(odd, 0x01010101u, 0));
-  sums.s1 += s1;
-  sums.s2 = dev::dot_u8x4(even, even, dev::dot_u8x4(odd, odd, sums.s2));
-  sums.total += total;
-  sums.cross += cross - kRounderBits * (s1 + total) - 8 * kRounderBits * kRounderBits;
-  return word;
+  const uint32_t low = low_bytes(code_bits, 0), high = low_bytes(code_bits, 4);  // nibbles of the word's bytes
+  sums.s1 = dev::dot_u8x4(low, 0x01010101u, dev::dot_u8x4(high, 0x01010101u, sums.s1));
+  sums.s2 = dev::dot_u8x4(low, low, dev::dot_u8x4(high, high, sums.s2));
+  return low | high << 4;
 }
 
-// Stores the lane's words of one row as codes, and returns what the parameters follow from, the same in its 8 lanes.
-// row: first byte, 4-byte aligned, or null.
-template <int D>
-SAW_INT4_DEVICE OpenRow quantize_row(const float (&t)[words_per_lane(D)][8], uint8_t* row) {
-  constexpr int kWords = words_per_lane(D), kRowWords = D / kCodesPerWord;
-  const int lane = dev::lane_id() % kLanesPerRow;
-  // NaN wins both, so that one bad channel marks the row.
-  float low = INFINITY, high = -INFINITY;
+// The lane's words of one row, quantized and stored (row: first byte, 4-byte aligned, or null).
+template <int D, bool kClamp>
+SAW_INT4_DEVICE FitSums quantize_words(const typename AppendRow<D>::Values& t, float offset, float inverse,
+                                       uint8_t* row) {
+  FitSums sums;
   SAW_INT4_UNROLL
-  for (int k = 0; k < kWords; ++k) {
-    if (kLanesPerRow * k + lane >= kRowWords) continue;
+  for (int k = 0; k < AppendRow<D>::kWords; ++k) {
+    const uint32_t word = quantize_word<kClamp>(t[k], offset, inverse, sums);
+    if (row != nullptr) dev::st_global(reinterpret_cast<uint32_t*>(row) + AppendRow<D>::word(k), word);
+  }
+  // Sums of (code + r) and (f + r), r the bits of the rounder, whose square is 0 modulo 2^32.
+  static_assert(kRounderBits * kRounderBits == 0);
+  sums.total -= 8 * AppendRow<D>::kWords * kRounderBits;
+  sums.cross -= kRounderBits * (sums.s1 + sums.total);
+  return sums;
+}
+
+// Smallest and largest value of a row.
+struct Range {
+  float low, high;
+};
+
+template <int D>
+SAW_INT4_DEVICE Range range_of_row(const typename AppendRow<D>::Values& t) {
+  // Bits order like floats where the sign is right: as signed integers the largest, if it is positive, as unsigned ones
+  // the smallest, if it is negative. NaN wins both, so that one bad channel marks the row.
+  int32_t top = INT32_MIN;
+  uint32_t bottom = 0;
+  SAW_INT4_UNROLL
+  for (int k = 0; k < AppendRow<D>::kWords; ++k) {
     SAW_INT4_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      low = dev::fmin_nan(low, t[k][i]);
-      high = dev::fmax_nan(high, t[k][i]);
+    for (int i = 0; i < 8; i += 2) {
+      const uint32_t a = dev::float_bits(t[k][i]), b = dev::float_bits(t[k][i + 1]);
+      top = dev::max3(top, static_cast<int32_t>(a), static_cast<int32_t>(b));
+      bottom = dev::max3(bottom, a, b);
     }
   }
   SAW_INT4_UNROLL
-  for (int mask = 1; mask < kLanesPerRow; mask *= 2) {
-    low = dev::fmin_nan(low, dev::shfl_xor(low, mask));
-    high = dev::fmax_nan(high, dev::shfl_xor(high, mask));
+  for (int mask = 1; mask < kAppendLanes<D>; mask *= 2) {
+    top = dev::max3(top, top, dev::shfl_xor(top, mask));
+    bottom = dev::max3(bottom, bottom, dev::shfl_xor(bottom, mask));
   }
+  Range range{dev::bits_float(bottom), dev::bits_float(static_cast<uint32_t>(top))};
+  if (!dev::any(top < 0 || static_cast<int32_t>(bottom) >= 0)) return range;
+  // A row of one sign.
+  range = {INFINITY, -INFINITY};
+  SAW_INT4_UNROLL
+  for (int k = 0; k < AppendRow<D>::kWords; ++k) {
+    SAW_INT4_UNROLL
+    for (int i = 0; i < 8; ++i) range = {dev::fmin_nan(range.low, t[k][i]), dev::fmax_nan(range.high, t[k][i])};
+  }
+  SAW_INT4_UNROLL
+  for (int mask = 1; mask < kAppendLanes<D>; mask *= 2) {
+    range.low = dev::fmin_nan(range.low, dev::shfl_xor(range.low, mask));
+    range.high = dev::fmax_nan(range.high, dev::shfl_xor(range.high, mask));
+  }
+  return range;
+}
+
+// Stores the lane's words of one row as codes, and returns what the parameters follow from, the same in all its lanes.
+// The row's values are t * unit, unit a power of two: factors that change no rounding are not spent on every value.
+template <int D>
+SAW_INT4_DEVICE OpenRow quantize_row(const typename AppendRow<D>::Values& t, float unit, uint8_t* row) {
+  const Range range = range_of_row<D>(t);
+  const float low = dev::mul_rn(range.low, unit), high = dev::mul_rn(range.high, unit);
   OpenRow open;
   open.row = row;
   open.scale = dev::f16_to_float(dev::float_to_f16(dev::div_rn(dev::sub_rn(high, low), float(kCodeMax))));
   open.offset = dev::f16_to_float(dev::float_to_f16(low));
-  const bool has_codes = dev::is_finite(open.scale) && dev::is_finite(open.offset) && open.scale != 0.f;
-  const float inverse = dev::div_rn(1.f, open.scale);
-  FitSums sums;
-  SAW_INT4_UNROLL
-  for (int k = 0; k < kWords; ++k) {
-    const int index = kLanesPerRow * k + lane;
-    if (index >= kRowWords) continue;
-    const uint32_t word = quantize_word(t[k], open.offset, inverse, sums);
-    if (row != nullptr) dev::st_global(reinterpret_cast<uint32_t*>(row) + index, has_codes ? word : 0u);
-  }
+  const float inverse = open.scale == 0.f ? 0.f : dev::div_rn(1.f, open.scale);  // a constant row has codes 0
+  // Rounding is monotonous: where the smallest and the largest value round into 0 .. 15, all do.
+  const float first = dev::mul_rn(dev::sub_rn(low, open.offset), inverse);
+  const float last = dev::mul_rn(dev::sub_rn(high, open.offset), inverse);
+  const bool inside = first >= -0.5f && last < kCodeMax + 0.5f;
+  const float per_unit = dev::bits_float(0x7f000000u - dev::float_bits(unit));  // 1 / unit
+  const float offset = dev::mul_rn(open.offset, per_unit), factor = dev::mul_rn(inverse, unit);
+  const FitSums sums = dev::any(!inside) ? quantize_words<D, true>(t, offset, factor, row)
+                                         : quantize_words<D, false>(t, offset, factor, row);
   open.squares_and_codes = sums.s2 << 16 | sums.s1;  // 15^2 * 256 < 2^16, 15 * 256 < 2^16
   open.total = sums.total;
   open.cross = sums.cross;
   SAW_INT4_UNROLL
-  for (int mask = 1; mask < kLanesPerRow; mask *= 2) {
+  for (int mask = 1; mask < kAppendLanes<D>; mask *= 2) {
     open.squares_and_codes += dev::shfl_xor(open.squares_and_codes, mask);
     open.total += dev::shfl_xor(open.total, mask);
     open.cross += dev::shfl_xor(open.cross, mask);
@@ -143,81 +201,94 @@ SAW_INT4_DEVICE OpenRow quantize_row(const float (&t)[words_per_lane(D)][8], uin
 
 // Blocks per SM that the registers allow without spilling.
 constexpr int append_blocks_per_sm(int head_dim, DType dtype) {
-  return dtype == DType::kFloat32 ? 2 : head_dim <= 128 ? 4 : 3;
+  return 6;
 }
 
-// Transforms and quantizes one row (8 lanes), up to its parameters.
+// A row on its way to shared memory while the one before it is computed: a lane copies what it will read itself, so
+// that no barrier is needed, and no register holds it.
 template <int D, DType kType>
-SAW_INT4_DEVICE OpenRow append_row(const AppendParams& p, bool is_v, uint32_t pair) {
-  constexpr int kWords = words_per_lane(D), kRowWords = D / kCodesPerWord;
-  const int lane = dev::lane_id() % kLanesPerRow;
-  const uint32_t token = pair / p.num_kv_heads, head = pair - token * p.num_kv_heads;
-  const int64_t slot = token < p.num_tokens ? dev::ld_global(p.slots + token) : -1;
-  if (slot >= p.num_slots) dev::trap();
-  const bool active = slot >= 0;
+struct AppendInput {
+  static constexpr int kVectors = Channels<kType>::kVectors, kBytesPerChannel = 2 * kVectors;
+  static constexpr int kSharedBytes = AppendRow<D>::kWords * kVectors * 16 * kAppendThreads;
+  int64_t slot;
+  uint32_t head;
 
-  const void* x = is_v ? p.v : p.k;
-  const int64_t from = token * (is_v ? p.v_token_stride : p.k_token_stride) + head * D;
-  Channels<kType> raw[kWords];
-  SAW_INT4_UNROLL
-  for (int k = 0; k < kWords; ++k) {
-    const int index = kLanesPerRow * k + lane;
-    raw[k] = {};
-    if (active && index < kRowWords) raw[k].load(x, from + index * 8);
+  SAW_INT4_DEVICE static uint32_t at(int k, int i) {
+    return dev::shared_base() + ((k * kVectors + i) * kAppendThreads + dev::thread_index()) * 16;
   }
-
-  const TransformParams& tr = p.transform;
-  const bool calibrated = !is_v && tr.k_mean != nullptr;
-  float t[kWords][8];
-  SAW_INT4_UNROLL
-  for (int k = 0; k < kWords; ++k) {
-    raw[k].widen(t[k]);
-    const int index = kLanesPerRow * k + lane;
-    if (!calibrated || index >= kRowWords) continue;
-    float mean[8], inv_scale[8];
-    load_channels<DType::kFloat32>(tr.k_mean, head * D + index * 8, mean);
-    load_channels<DType::kFloat32>(tr.k_inv_scale, head * D + index * 8, inv_scale);
+  // pair: (token, head) in one number. Lanes past the last one read that and write nothing.
+  SAW_INT4_DEVICE void fetch(const AppendParams& p, bool is_v, uint32_t pair) {
+    const uint32_t pairs = static_cast<uint32_t>(p.num_tokens) * p.num_kv_heads;
+    const uint32_t read = pair < pairs ? pair : pairs - 1, token = read / p.num_kv_heads;
+    head = read - token * p.num_kv_heads;
+    const int64_t first = token * (is_v ? p.v_token_stride : p.k_token_stride) + head * D + AppendRow<D>::lane() * 8;
+    const auto* x = static_cast<const uint8_t*>(is_v ? p.v : p.k) + first * kBytesPerChannel;
     SAW_INT4_UNROLL
-    for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(dev::sub_rn(t[k][i], mean[i]), inv_scale[i]);
-  }
-  if (tr.rotation_order > 1 && (!is_v || tr.rotate_v)) {
-    hadamard_row<kWords>(t, tr.rotation_order);
-    const float norm = hadamard_norm(tr.rotation_order);
-    SAW_INT4_UNROLL
-    for (int k = 0; k < kWords; ++k) {
+    for (int k = 0; k < AppendRow<D>::kWords; ++k) {
       SAW_INT4_UNROLL
-      for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], norm);
+      for (int i = 0; i < kVectors; ++i)
+        dev::cp_async_zfill<16>(at(k, i), x + k * kAppendLanes<D> * 8 * kBytesPerChannel + 16 * i, true);
+    }
+    dev::cp_async_commit();
+    const int64_t wanted = dev::ld_global(p.slots + token);
+    slot = pair < pairs ? wanted : -1;
+  }
+  SAW_INT4_DEVICE void widen(typename AppendRow<D>::Values& t) const {
+    dev::cp_async_wait<0>();
+    SAW_INT4_UNROLL
+    for (int k = 0; k < AppendRow<D>::kWords; ++k) {
+      Channels<kType> channels;
+      SAW_INT4_UNROLL
+      for (int i = 0; i < kVectors; ++i) channels.raw[i] = dev::ld_shared<uint4>(at(k, i));
+      channels.widen(t[k]);
     }
   }
-  SAW_INT4_UNROLL
-  for (int k = 0; k < kWords; ++k) {
-    const int index = kLanesPerRow * k + lane;
-    if (!calibrated || index >= kRowWords) continue;
-    float sign[8];
-    load_channels<DType::kFloat32>(tr.k_sign, head * D + index * 8, sign);
-    SAW_INT4_UNROLL
-    for (int i = 0; i < 8; ++i) t[k][i] = dev::mul_rn(t[k][i], sign[i]);
+};
+
+// Transforms and quantizes one row, up to its parameters, and fetches the next.
+template <int D, DType kType>
+SAW_INT4_DEVICE OpenRow append_row(AppendInput<D, kType>& input, const AppendParams& p, bool is_v, uint32_t next) {
+  if (dev::any(input.slot >= p.num_slots)) dev::trap();
+  const int64_t first_byte = (input.slot * p.num_kv_heads + input.head) * row_bytes(D);
+  uint8_t* const row = input.slot < 0 ? nullptr : (is_v ? p.v_cache : p.k_cache) + first_byte;
+  const TransformParams& tr = p.transform;
+  const auto of_head = [&](const float* vectors) {
+    return is_v || vectors == nullptr ? nullptr : vectors + input.head * D;
+  };
+  const float *const mean = of_head(tr.k_mean), *const mul = of_head(tr.k_inv_scale), *const sign = of_head(tr.k_sign);
+  typename AppendRow<D>::Values t;
+  input.widen(t);
+  input.fetch(p, is_v, next);
+  float norm = transform_row<D, kAppendLanes<D>>(t, is_v && !tr.rotate_v ? 1 : tr.rotation_order, mean, mul, sign);
+  if ((dev::float_bits(norm) & 0x7fffffu) != 0) {  // no power of two
+    for_channels(t, [&](float x) { return dev::mul_rn(x, norm); });
+    norm = 1.f;
   }
-  const int64_t row = (slot * p.num_kv_heads + head) * row_bytes(D);
-  return quantize_row<D>(t, active ? (is_v ? p.v_cache : p.k_cache) + row : nullptr);
+  return quantize_row<D>(t, norm, row);
 }
 
-// The first half of the grid does K, the second half V; 8 lanes do `rounds` rows (1 .. 8), one after the other.
+// Even blocks do K, odd ones V, so that rotated and unrotated rows share an SM. A group of lanes does `rounds` rows,
+// one after the other.
 template <int D, DType kType>
 SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, append_blocks_per_sm(D, kType))
     saw_int4_append_kernel(const AppendParams p, const int rounds) {
-  const int blocks_per_tensor = dev::block_count() / 2;
-  const bool is_v = dev::block_index() >= blocks_per_tensor;
-  const uint32_t block = dev::block_index() - (is_v ? blocks_per_tensor : 0);
+  constexpr int kLanes = kAppendLanes<D>, kRows = kAppendRows<D>;
+  const bool is_v = dev::block_index() % 2;
+  uint32_t pair = dev::block_index() / 2 * rounds * kRows + dev::thread_index() / kLanes;
+  AppendInput<D, kType> input;
+  input.fetch(p, is_v, pair);
   OpenRow mine;
   SAW_INT4_UNROLL_BY(1)
   for (int round = 0; round < rounds; ++round) {
-    const uint32_t pair = (block * rounds + round) * kAppendRows + dev::thread_index() / kLanesPerRow;
-    const OpenRow open = append_row<D, kType>(p, is_v, pair);
-    if (dev::lane_id() % kLanesPerRow == round) mine = open;
+    pair += kRows;
+    const OpenRow open = append_row<D, kType>(input, p, is_v, pair);
+    if (AppendRow<D>::lane() == round % kLanes) mine = open;
+    if (round % kLanes != kLanes - 1 && round != rounds - 1) continue;
+    dev::warp_sync();  // the codes of a damaged row are overwritten
+    close_row<D>(mine);
+    mine.row = nullptr;
   }
-  dev::warp_sync();  // the codes of a damaged row are overwritten below
-  close_row<D>(mine);
+  dev::cp_async_wait<0>();  // the row after the last, which nobody wants
 }
 
 }  // namespace saw_int4

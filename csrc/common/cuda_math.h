@@ -22,6 +22,13 @@ SAW_INT4_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 SAW_INT4_DEVICE uint32_t dot_u8x4(uint32_t a, uint32_t b, uint32_t c) {
   return __dp4a(a, b, c);
 }
+// The largest of three: one instruction from sm_90 on.
+SAW_INT4_DEVICE int32_t max3(int32_t a, int32_t b, int32_t c) {
+  return __vimax3_s32(a, b, c);
+}
+SAW_INT4_DEVICE uint32_t max3(uint32_t a, uint32_t b, uint32_t c) {
+  return __vimax3_u32(a, b, c);
+}
 // High 32 bits of the product.
 SAW_INT4_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) {
   return __umulhi(a, b);

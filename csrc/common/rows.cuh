@@ -112,17 +112,45 @@ SAW_INT4_DEVICE void hadamard(float (&x)[N], int order) {
   }
 }
 
-// A row spread over 8 lanes, as append, gather and transform_rows hold it: lane i of them has words i, i + 8, ... (a
-// word is 8 channels), so that loads are contiguous, and words past the row's end are lanes that only take part in
-// shuffles.
-inline constexpr int kLanesPerRow = 8;
-constexpr int words_per_lane(int head_dim) {
-  return (head_dim + 63) / 64;
+// Lanes that share a row: the most, up to a power of two, among which its words of 8 channels divide evenly.
+constexpr int row_lanes(int head_dim, int most) {
+  while (head_dim / 8 % most != 0) most /= 2;
+  return most;
 }
 
-// Unnormalised Hadamard transform of such a row, strides ascending as format.h says. A shuffled butterfly is one FMA:
-// +-1 * x + other rounds like the addition it is.
-template <int WORDS>
+// A row of D channels spread over LANES neighbouring lanes: lane i of them has words i, i + LANES, ..., so that
+// neighbours load and store neighbouring memory.
+template <int D, int LANES>
+struct SpreadRow {
+  static_assert(D / 8 % LANES == 0);
+  static constexpr int kWords = D / 8 / LANES;  // of a lane
+  static constexpr int kFullOrder = D & -D;     // the largest Hadamard order that divides D
+  using Values = float[kWords][8];
+
+  SAW_INT4_DEVICE static int lane() { return dev::lane_id() % LANES; }
+  SAW_INT4_DEVICE static int word(int k) { return LANES * k + lane(); }  // of the row
+};
+
+// x[k][i] <- f(x[k][i]) for all channels of the lane.
+template <int WORDS, typename F>
+SAW_INT4_DEVICE void for_channels(float (&x)[WORDS][8], const F& f) {
+  SAW_INT4_UNROLL
+  for (int k = 0; k < WORDS; ++k) {
+    SAW_INT4_UNROLL
+    for (int i = 0; i < 8; ++i) x[k][i] = f(x[k][i]);
+  }
+}
+
+// (lo, hi) <- (lo + hi, lo - hi), channel by channel.
+SAW_INT4_DEVICE void butterfly(float& lo, float& hi) {
+  const float sum = dev::add_rn(lo, hi);
+  hi = dev::sub_rn(lo, hi);
+  lo = sum;
+}
+
+// Unnormalised Hadamard transform of a row in SpreadRow's layout, strides ascending as format.h says. A shuffled
+// butterfly is one FMA: +-1 * x + other rounds like the addition it is.
+template <int LANES, int WORDS>
 SAW_INT4_DEVICE void hadamard_row(float (&x)[WORDS][8], int order) {
   SAW_INT4_UNROLL
   for (int stride = 1; stride < 8; stride *= 2) {
@@ -130,16 +158,12 @@ SAW_INT4_DEVICE void hadamard_row(float (&x)[WORDS][8], int order) {
     SAW_INT4_UNROLL
     for (int k = 0; k < WORDS; ++k) {
       SAW_INT4_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        if (i & stride) continue;
-        const float lo = x[k][i], hi = x[k][i + stride];
-        x[k][i] = dev::add_rn(lo, hi);
-        x[k][i + stride] = dev::sub_rn(lo, hi);
-      }
+      for (int i = 0; i < 8; ++i)
+        if (!(i & stride)) butterfly(x[k][i], x[k][i + stride]);
     }
   }
   SAW_INT4_UNROLL
-  for (int mask = 1; mask < kLanesPerRow; mask *= 2) {
+  for (int mask = 1; mask < LANES; mask *= 2) {
     if (8 * mask >= order) continue;
     const float sign = dev::lane_id() & mask ? -1.f : 1.f;
     SAW_INT4_UNROLL
@@ -150,18 +174,44 @@ SAW_INT4_DEVICE void hadamard_row(float (&x)[WORDS][8], int order) {
   }
   SAW_INT4_UNROLL
   for (int step = 1; step < WORDS; step *= 2) {
-    if (64 * step >= order) continue;
+    if (8 * LANES * step >= order) continue;
     SAW_INT4_UNROLL
     for (int k = 0; k < WORDS; ++k) {
-      if ((k & step) || k + step >= WORDS) continue;  // a row of 192 is not rotated across words
+      if ((k & step) || k + step >= WORDS) continue;  // where D is no power of two, order stays below such a step
       SAW_INT4_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const float lo = x[k][i], hi = x[k + step][i];
-        x[k][i] = dev::add_rn(lo, hi);
-        x[k + step][i] = dev::sub_rn(lo, hi);
-      }
+      for (int i = 0; i < 8; ++i) butterfly(x[k][i], x[k + step][i]);
     }
   }
+}
+
+// x <- f(x, y) for all channels of the lane, y being the channel's entry of an fp32 vector [D], or nothing if that is
+// null.
+template <int D, int LANES, typename F>
+SAW_INT4_DEVICE void combine(typename SpreadRow<D, LANES>::Values& x, const float* vector, const F& f) {
+  if (vector == nullptr) return;
+  SAW_INT4_UNROLL
+  for (int k = 0; k < SpreadRow<D, LANES>::kWords; ++k) {
+    float y[8];
+    load_channels<DType::kFloat32>(vector, SpreadRow<D, LANES>::word(k) * 8, y);
+    SAW_INT4_UNROLL
+    for (int i = 0; i < 8; ++i) x[k][i] = f(x[k][i], y[i]);
+  }
+}
+
+// sign * H_R((x - mean) * mul) of a row, as format.h rounds it, but for the norm of H_R: that is returned, and the
+// caller multiplies by it. mean, mul, sign: fp32 [D] of the row's head, 16-byte aligned, or null.
+template <int D, int LANES>
+SAW_INT4_DEVICE float transform_row(typename SpreadRow<D, LANES>::Values& x, int order, const float* mean,
+                                    const float* mul, const float* sign) {
+  combine<D, LANES>(x, mean, [](float a, float b) { return dev::sub_rn(a, b); });
+  combine<D, LANES>(x, mul, [](float a, float b) { return dev::mul_rn(a, b); });
+  // The usual order as a constant: a stage that may be skipped costs moves between registers.
+  if (order == SpreadRow<D, LANES>::kFullOrder)
+    hadamard_row<LANES>(x, SpreadRow<D, LANES>::kFullOrder);
+  else if (order > 1)
+    hadamard_row<LANES>(x, order);
+  combine<D, LANES>(x, sign, [](float a, float b) { return dev::mul_rn(a, b); });
+  return order > 1 ? hadamard_norm(order) : 1.f;
 }
 
 }  // namespace saw_int4

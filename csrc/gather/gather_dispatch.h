@@ -12,8 +12,8 @@ inline void gather(const GatherParams& p, Stream stream) {
   if (p.num_tokens == 0) return;
   check_row_alignment(p.k_out, 0, p.dtype, op, "k_out");
   check_row_alignment(p.v_out, 0, p.dtype, op, "v_out");
-  const int blocks = row_blocks(p.num_tokens, p.num_kv_heads, kGatherRows, op);
   dispatch_head_dim(p.head_dim, op, [&](auto head_dim) {
+    const int blocks = row_blocks(p.num_tokens, p.num_kv_heads, kGatherRows<head_dim()>, op);
     dispatch_dtype(p.dtype, [&](auto dtype) {
       launch("saw_int4_gather_kernel", saw_int4_gather_kernel<head_dim(), dtype()>, blocks, kGatherThreads, 0, stream,
              p);

@@ -14,13 +14,16 @@
 namespace saw_int4 {
 
 inline constexpr int kGatherThreads = 256;
-inline constexpr int kGatherRows = kGatherThreads / kLanesPerRow;  // (token, head) pairs per block
+template <int D>
+inline constexpr int kGatherLanes = row_lanes(D, 8);  // of a row
+template <int D>
+inline constexpr int kGatherRows = kGatherThreads / kGatherLanes<D>;  // (token, head) pairs per block
 
 template <int D, DType kType>
 SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kGatherThreads, 4) saw_int4_gather_kernel(const GatherParams p) {
-  constexpr int kWords = words_per_lane(D), kRowWords = D / kCodesPerWord;
-  const int lane = dev::lane_id() % kLanesPerRow;
-  const uint32_t pair = static_cast<uint32_t>(dev::block_index()) * kGatherRows + dev::thread_index() / kLanesPerRow;
+  using Row = SpreadRow<D, kGatherLanes<D>>;
+  const uint32_t pair =
+      static_cast<uint32_t>(dev::block_index()) * kGatherRows<D> + dev::thread_index() / kGatherLanes<D>;
   const uint32_t token = pair / p.num_kv_heads, head = pair - token * p.num_kv_heads;
   if (token >= p.num_tokens) return;
   const int64_t slot = dev::ld_global(p.slots + token);
@@ -28,25 +31,20 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kGatherThreads, 4) saw_int4_gather_kernel
   const int64_t from = (slot * p.num_kv_heads + head) * row_bytes(D);
   const int64_t to = static_cast<int64_t>(pair) * D;
 
-  uint32_t words[2][kWords], params[2];
+  uint32_t words[2][Row::kWords], params[2];
   SAW_INT4_UNROLL
   for (int tensor = 0; tensor < 2; ++tensor) {
     const auto* row = reinterpret_cast<const uint32_t*>((tensor == 0 ? p.k_cache : p.v_cache) + from);
-    params[tensor] = dev::ld_global(row + kRowWords);
+    params[tensor] = dev::ld_global(row + D / kCodesPerWord);
     SAW_INT4_UNROLL
-    for (int k = 0; k < kWords; ++k) {
-      const int index = kLanesPerRow * k + lane;
-      words[tensor][k] = index < kRowWords ? dev::ld_global(row + index) : 0u;
-    }
+    for (int k = 0; k < Row::kWords; ++k) words[tensor][k] = dev::ld_global(row + Row::word(k));
   }
   SAW_INT4_UNROLL
   for (int tensor = 0; tensor < 2; ++tensor) {
     const float scale = dev::f16_to_float(static_cast<uint16_t>(params[tensor]));
     const float offset = dev::f16_to_float(static_cast<uint16_t>(params[tensor] >> 16));
     SAW_INT4_UNROLL
-    for (int k = 0; k < kWords; ++k) {
-      const int index = kLanesPerRow * k + lane;
-      if (index >= kRowWords) continue;
+    for (int k = 0; k < Row::kWords; ++k) {
       float x[8];
       SAW_INT4_UNROLL
       for (int i = 0; i < 8; ++i) {
@@ -55,7 +53,7 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kGatherThreads, 4) saw_int4_gather_kernel
         const uint32_t code = dev::lop3_and_or(words[tensor][k] >> bit_of_channel(i), kCodeMax, kMagicBits);
         x[i] = dev::add_rn(dev::mul_rn(scale, dev::sub_rn(dev::bits_float(code), dev::bits_float(kMagicBits))), offset);
       }
-      store_channels<kType>(tensor == 0 ? p.k_out : p.v_out, to + index * 8, x);
+      store_channels<kType>(tensor == 0 ? p.k_out : p.v_out, to + Row::word(k) * 8, x);
     }
   }
 }

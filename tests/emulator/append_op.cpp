@@ -4,7 +4,7 @@
 namespace saw_int4::emulator {
 
 void append(const AppendParams& p) {
-  saw_int4::append(p, nullptr);
+  saw_int4::append(p, device_limits(0), nullptr);
 }
 
 }  // namespace saw_int4::emulator

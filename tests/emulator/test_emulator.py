@@ -379,6 +379,11 @@ def test_dot_of_bytes(emulator):
     assert emulator.dot_u8x4(0xFF020304, 0xFF0A0B0C, 5) == 255 * 255 + 2 * 10 + 3 * 11 + 4 * 12 + 5
 
 
+def test_largest_of_three(emulator):
+    assert emulator.max3_signed(-3, -1, -2) == -1
+    assert emulator.max3_unsigned(2**31, 5, 2**31 + 1) == 2**31 + 1
+
+
 def test_minimum_and_maximum(emulator):
     nan = float("nan")
     assert (emulator.fmin(1.0, 2.0), emulator.fmax(1.0, 2.0)) == (1.0, 2.0)

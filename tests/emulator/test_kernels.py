@@ -74,6 +74,27 @@ def append_inputs(head_dim, heads=3, tokens=9, slots=12):
     return x, x.flip(0).contiguous(), *caches
 
 
+@pytest.mark.parametrize("head_dim, tokens", [(64, 411), (256, 205), (256, 411)])
+def test_append_of_many_rows_does_several_in_a_row(emulated, head_dim, tokens):
+    """More rounds than lanes that close rows, or fewer, and a last block that is not full: on an SM of its own."""
+    heads = 3
+    k, v = (
+        adversarial_rows(tokens, heads, head_dim, torch.bfloat16),
+        adversarial_rows(tokens, heads, head_dim, torch.bfloat16, 1),
+    )
+    slots = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
+    slots[::7] = -1
+    actual, expected = (torch.full((2, tokens, heads, head_dim // 2 + 4), 0xEE, dtype=torch.uint8) for _ in range(2))
+    options = dict(rotation_order=head_dim, rotate_v=True)
+    emulated.configure(sm_count=1)
+    try:
+        emulated.append_kv(k, v, *actual, slots, **options)
+    finally:
+        emulated.configure()
+    reference.append_kv(k, v, *expected, slots, **options)
+    assert_equal(actual, expected)
+
+
 def test_append_stops_at_a_slot_past_the_cache(emulated):
     k, v, k_cache, v_cache = append_inputs(64)
     with pytest.raises(RuntimeError, match=r"saw_int4_append_kernel, block 0, thread .*append_kernel.cuh:\d+: trap"):

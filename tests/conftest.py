@@ -23,3 +23,9 @@ def engine(request):
     if request.node.get_closest_marker("large"):
         pytest.skip("too large for the emulator")
     return request.getfixturevalue("emulated")
+
+
+@pytest.fixture(params=[name for name in ENGINES if name.startswith("cpu")])
+def cpu_engine(request):
+    """One CPU instruction set after the other, for what only the CPU kernels do."""
+    return ENGINES[request.param]

@@ -1,9 +1,14 @@
-"""What the compiler made of the CUDA kernels: registers, spills, occupancy, and the decode loop's instructions.
+"""What the compiler made of the CUDA kernels, per architecture: registers, shared memory, spills, inner loops.
 
-Needs nvcc and nvdisasm, no GPU. Fails on spills, stack, local memory, narrow bulk accesses or a missing MMA.
+Needs nvcc and nvdisasm, no GPU. Fails on spills, stack, local memory, narrow accesses in a loop, or a missing MMA.
 
-    python scripts/compile_report.py                       every kernel, every supported architecture
-    python scripts/compile_report.py --arch 90a --op decode
+    python scripts/compile_report.py                       the usual instances, every supported architecture (minutes)
+    python scripts/compile_report.py --arch 90a --all      every instance that the extension holds
+
+Columns: registers per thread, bytes of stack and of spills, shared memory of a block (decode: as planned for 8 KV heads
+and a group of 4), warps per SM that registers and shared memory allow. Then the inner loop (decode: a tile of 32 tokens
+per warp; append: a row per group of lanes; gather, transform: the whole kernel), rare branches included: instructions,
+instructions per code of a lane, and its memory accesses and MMAs by kind.
 """
 
 from __future__ import annotations
@@ -13,119 +18,223 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHS = ["80", "86", "89", "90a", "100a", "120"]
-FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Icsrc", "-Xptxas", "-v", "-cubin"]
-WARPS_PER_SM = {"80": 64, "86": 48, "89": 48, "90a": 64, "100a": 64, "120": 48}
-# One translation unit per kernel file: the instantiations that the extension holds, without torch.
-DECODE_FILES = sorted((ROOT / "csrc/decode").glob("decode_cuda_*.cu"))
-DECODE_UNITS = {path.stem: f'#include "decode/{path.name}"\n' for path in DECODE_FILES}
-MOVE_UNIT = """#include "{op}/{op}_dispatch.h"
-using Launch = void (*)(const saw_int4::{params}&, saw_int4::Stream);
-Launch keep = &saw_int4::{call};
-"""
-UNITS = {
-    "decode": DECODE_UNITS,
-    "append": {"append": MOVE_UNIT.format(op="append", params="AppendParams", call="append")},
-    "gather": {"gather": MOVE_UNIT.format(op="gather", params="GatherParams", call="gather")},
-    "transform": {"transform": MOVE_UNIT.format(op="transform", params="TransformRowsParams", call="transform_rows")},
+HEADERS = ROOT / "csrc"
+FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{HEADERS}"]
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+DTYPES = ("kFloat32", "kFloat16", "kBFloat16")
+
+
+RESERVED_PER_BLOCK = 1024  # bytes of shared memory, by CUDA
+
+
+@dataclass(frozen=True)
+class Arch:
+    warps: int  # per SM
+    shared_per_sm: int
+    shared_per_block: int
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". All have 65536 registers.
+ARCHS = {
+    "80": Arch(64, 164 * 1024, 163 * 1024),
+    "86": Arch(48, 100 * 1024, 99 * 1024),
+    "89": Arch(48, 100 * 1024, 99 * 1024),
+    "90a": Arch(64, 228 * 1024, 227 * 1024),
+    "100a": Arch(64, 228 * 1024, 227 * 1024),
+    "120": Arch(48, 100 * 1024, 99 * 1024),
 }
-DTYPES = {"0": "fp32", "1": "fp16", "2": "bf16"}
-# An operation that moves the bulk of the bytes must exist in this width.
-WIDE = {"decode": "LDGSTS.E.BYPASS.LTC128B.128", "append": "LDG.E.128", "gather": "STG.E.128", "transform": "LDG.E.128"}
 
 
-@dataclass
-class Kernel:
-    op: str
-    name: str
-    arch: str
-    registers: int
-    stack: int
-    spills: int
-    code: list[str] = field(default_factory=list)  # SASS: "LABEL:" or "OPCODE operands"
+@dataclass(frozen=True)
+class Operator:
+    """params: the kernel's parameter types. usual, all: template arguments. needs: SASS that its loop must hold.
+    narrow: SASS of accesses that waste bandwidth, and how many of them the loop may hold all the same.
+    """
 
-    def count(self, prefix: str, code: list[str] | None = None) -> int:
-        return sum(line.startswith(prefix) for line in (self.code if code is None else code))
+    params: str
+    usual: tuple[tuple, ...]
+    all: tuple[tuple, ...]
+    needs: tuple[str, ...]
+    narrow: str
+    narrow_allowed: int
 
-    def loop(self) -> list[str]:
-        """The shortest backward branch's body that holds the MMAs."""
-        labels = {line[:-1]: i for i, line in enumerate(self.code) if line.endswith(":")}
-        best: list[str] = []
-        for i, line in enumerate(self.code):
-            match = re.match(r"BRA.*`\((\.L_x_\d+)\)", line)
-            if match and labels.get(match.group(1), i) < i:
-                body = self.code[labels[match.group(1)] : i]
-                if any(x.startswith("HMMA") for x in body) and (not best or len(body) < len(best)):
-                    best = body
-        return [line for line in best if not line.endswith(":")]
 
-    def problems(self) -> list[str]:
-        found = []
-        if self.spills or self.stack:
-            found.append(f"{self.spills} bytes of spills, {self.stack} of stack, expected none")
-        if self.count("LDL") + self.count("STL"):
-            found.append("local memory is used, expected none")
-        wide = WIDE[self.op]
-        if not any(
-            line.startswith(wide)
-            or line.startswith(wide.replace(".E.", ".E.CONSTANT."))
-            or re.match(wide.split(".")[0] + r".*\.128", line)
-            for line in self.code
-        ):
-            found.append(f"no {wide}, expected 16-byte accesses")
-        if self.op == "decode" and not self.loop():
-            found.append("no loop with an MMA, expected HMMA.16816 in the tile loop")
-        return found
+def typed(usual: tuple[tuple, ...]) -> dict[str, tuple[tuple, ...]]:
+    return {"usual": usual, "all": tuple((d, t) for d in HEAD_DIMS for t in DTYPES)}
 
-    def row(self) -> str:
-        blocks = 65536 // (self.registers * 256 or 1)
-        warps = min(WARPS_PER_SM[self.arch], blocks * 8)
-        text = f"sm_{self.arch:5} {self.name:34} {self.registers:4} regs {self.spills:3} spill {self.stack:3} stack"
-        text += f" {warps:3} warps/SM by regs, {sum(not x.endswith(':') for x in self.code):5} instr"
-        loop = self.loop() if self.op == "decode" else []
-        if loop:
-            head_dim = int(re.search(r"<(\d+)", self.name)[1])
-            row_tiles = int(re.search(r"<\d+, (\d+)", self.name)[1])
-            steps = 2 if row_tiles == 4 else 1  # 16 tokens per trip of its inner loop
-            mma = self.count("HMMA", loop)
-            expected = 2 * 32 * head_dim
-            text += f" | loop {len(loop)} instr, {mma} HMMA, {self.count('LDS', loop)} LDS, "
-            text += f"{self.count('MUFU', loop)} MUFU, {32 * len(loop) * steps / expected:.2f} lane-instr per code"
-        return text
+
+OPERATORS = {
+    # Slots are 4 bytes each, one load per lane and tile. Fragments of K are 4-byte LDS by design.
+    "decode": Operator(
+        "DecodeParams, DecodePlan",
+        usual=((64, 1), (128, 1), (128, 4), (256, 1)),
+        all=((64, 1), (64, 2), (64, 4), (80, 1), (96, 1), (112, 1), (128, 1), (128, 2), (128, 4), (192, 1), (256, 1),
+             (256, 2)),
+        needs=(r"HMMA\.16816", r"LDGSTS\S*\.128"),
+        narrow=r"LDG\.(?!\S*\.128)|LDS\.[US](8|16)",
+        narrow_allowed=1,
+    ),
+    # One slot per row. Rows of codes are 4-byte aligned: their stores are narrow by the format.
+    "append": Operator(
+        "AppendParams, int", **typed(((256, "kBFloat16"), (128, "kFloat32"))),
+        needs=(r"LDGSTS\S*\.128", "IDP"), narrow=r"LDG(STS)?\.(?!\S*\.128)", narrow_allowed=1,
+    ),
+    "gather": Operator(
+        "GatherParams", **typed(((128, "kBFloat16"), (256, "kBFloat16"))),
+        needs=(r"STG\S*\.128",), narrow=r"STG\.(?!\S*\.128)", narrow_allowed=0,
+    ),
+    "transform": Operator(
+        "TransformRowsParams", **typed(((128, "kBFloat16"), (256, "kBFloat16"))),
+        needs=(r"LDG\S*\.128", r"STG\S*\.128"), narrow=r"(LDG|STG)\.(?!\S*\.128)", narrow_allowed=0,
+    ),
+}  # fmt: skip
+# Prints what the host asks for: warps and shared memory of a block, and codes per lane and trip of the inner loop. The
+# kernels' headers are read as a host compiler sees them, through the emulator's device.h.
+SHAPES = """#include <cstdio>
+#include "append/append_kernel.cuh"
+#include "decode/config.h"
+#include "gather/gather_kernel.cuh"
+#include "transform/transform_kernel.cuh"
+using namespace saw_int4;
+static void row(int warps, int shared, int codes) { std::printf("%d %d %d\\n", warps, shared, codes); }
+static void plan(int head_dim, int row_tiles, int per_sm, int per_block) {  // 8 KV heads, groups of 4, 64 requests
+  const auto plan = decode_plan({head_dim, 32, 8, 64, 2 * row_tiles}, {1, per_sm, per_block});
+  row(plan.warps, plan.shared_bytes, 2 * (row_tiles == 4 ? 16 : 32) * head_dim / 32);
+}
+int main() {
+"""
+SHAPE_OF = {
+    "decode": "plan({0}, {1}, {per_sm}, {per_block});",
+    "append": "row(kAppendThreads / 32, AppendInput<{0}, DType::{1}>::kSharedBytes, {0} / kAppendLanes<{0}>);",
+    "gather": "row(kGatherThreads / 32, 0, 2 * {0} / kGatherLanes<{0}>);",
+    "transform": "row(kTransformThreads / 32, 0, {0} / kTransformLanes<{0}>);",
+}
+
+
+def fail(text: str) -> None:
+    raise SystemExit(f"compile_report: {text}")
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        fail(f"{' '.join(command)} failed:\n{done.stderr}")
+    return done
 
 
 def nvdisasm() -> str:
     local = Path(sysconfig.get_paths()["purelib"]) / "triton/backends/nvidia/bin/nvdisasm"
     found = os.environ.get("NVDISASM") or shutil.which("nvdisasm") or (str(local) if local.exists() else None)
     if found is None:
-        raise SystemExit("compile_report: nvdisasm not found, expected it on PATH, in the triton wheel, or in NVDISASM")
+        fail("nvdisasm not found, expected it on PATH, in the triton wheel, or in NVDISASM")
     return found
 
 
-def readable(mangled: str) -> str:
-    match = re.search(r"saw_int4_(\w+?)_kernelILi(\d+)E(?:Li(\d+)E|LNS_5DTypeE(\d)E)", mangled)
-    if match is None:
-        return mangled
-    return f"{match[1]}<{match[2]}, {match[3] or DTYPES[match[4]]}>"
+@dataclass(frozen=True)
+class Shape:
+    warps: int  # of a block
+    shared: int
+    codes: int  # per lane and trip of the inner loop
+
+    def resident_warps(self, arch: Arch, registers: int) -> int:
+        """Per SM, as registers (dealt out 8 at a time in each quarter), shared memory and warp slots allow."""
+        by_registers = 4 * (16384 // (32 * (-(-registers // 8) * 8))) // self.warps
+        by_shared = arch.shared_per_sm // (self.shared + RESERVED_PER_BLOCK)
+        return self.warps * min(by_registers, by_shared, arch.warps // self.warps)
 
 
-def compile_unit(op: str, stem: str, text: str, arch: str) -> list[Kernel]:
+def shapes(jobs: list[tuple[str, str, tuple]]) -> dict[tuple, Shape]:
+    """Of every (arch, op, instances) of jobs, by (arch, op, instance)."""
+    keys = [(arch, op, instance) for arch, op, instances in jobs for instance in instances]
+    calls = [
+        SHAPE_OF[op].format(*instance, per_sm=ARCHS[arch].shared_per_sm, per_block=ARCHS[arch].shared_per_block)
+        for arch, op, instance in keys
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder) / f"{stem}.cu", Path(folder) / f"{stem}.cubin"
-        source.write_text(text)
-        command = ["nvcc", *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", str(cubin), str(source)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"compile_report: {' '.join(command)} failed:\n{done.stderr}")
-        sass = subprocess.run([nvdisasm(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+        source, program = Path(folder) / "shapes.cpp", Path(folder) / "shapes"
+        source.write_text(SHAPES + "\n".join(calls) + "\n}\n")
+        flags = ["-std=c++20", "-DSAW_INT4_EMULATE", f"-I{HEADERS}", f"-I{ROOT / 'tests'}"]
+        run([os.environ.get("CXX", "c++"), *flags, "-o", str(program), str(source)])
+        lines = run([str(program)]).stdout.splitlines()
+    return {key: Shape(*map(int, line.split())) for key, line in zip(keys, lines, strict=True)}
+
+
+@dataclass
+class Kernel:
+    op: str
+    instance: tuple
+    arch: str
+    registers: int
+    stack: int
+    spills: int
+    code: list[str]  # SASS: "LABEL:" or "OPCODE operands"
+
+    def name(self) -> str:
+        return f"{self.op}<{', '.join(str(x).removeprefix('k') for x in self.instance)}>"
+
+    def loop(self) -> list[str]:
+        """The shortest body of a backward branch that holds what the loop must; the whole kernel without such a one."""
+        needs = OPERATORS[self.op].needs
+        labels = {line[:-1]: i for i, line in enumerate(self.code) if line.endswith(":")}
+        bodies = []
+        for i, line in enumerate(self.code):
+            match = re.match(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if match and labels.get(match[1], i) < i:
+                bodies.append([x for x in self.code[labels[match[1]] : i] if not x.endswith(":")])
+        holding = [body for body in bodies if all(any(re.match(need, x) for x in body) for need in needs)]
+        return min(holding, key=len, default=[x for x in self.code if not x.endswith(":")])
+
+    def problems(self) -> list[str]:
+        expected, loop = OPERATORS[self.op], self.loop()
+        found = []
+        if self.spills or self.stack:
+            found.append(f"{self.spills} bytes of spills, {self.stack} of stack, expected none")
+        if any(re.match("LDL|STL", line) for line in self.code):
+            found.append("local memory is used, expected none")
+        narrow = [line.split()[0] for line in loop if re.match(expected.narrow, line)]
+        if len(narrow) > expected.narrow_allowed:
+            found.append(f"narrow accesses {', '.join(sorted(set(narrow)))} in the loop: {len(narrow)}, expected at "
+                         f"most {expected.narrow_allowed}")  # fmt: skip
+        for need in expected.needs:
+            if not any(re.match(need, line) for line in loop):
+                found.append(f"no {need} in the loop")
+        return found
+
+    def row(self, shape: Shape) -> str:
+        loop = self.loop()
+        kinds = Counter(x.split()[0] for x in loop if re.match(r"HMMA|LDG|STG|LDS|STS|LDL|STL", x))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        return (
+            f"{'sm_' + self.arch:8} {self.name():24} {self.registers:4} {self.stack:5} {self.spills:6} "
+            f"{shape.shared:7} {shape.resident_warps(ARCHS[self.arch], self.registers):5} {len(loop):6} "
+            f"{len(loop) / shape.codes:8.2f}  {kinds}"
+        )
+
+
+TITLE = f"{'arch':8} {'kernel':24} regs stack spills  shared warps  instr per code  of these"
+
+
+def compile_unit(arch: str, op: str, instances: tuple[tuple, ...]) -> list[Kernel]:
+    expected = OPERATORS[op]
+    text = f'#include "{op}/{op}_kernel.cuh"\nnamespace saw_int4 {{\n'
+    params = ", ".join(f"const {name}" for name in expected.params.split(", "))
+    for head_dim, other in instances:
+        argument = other if op == "decode" else f"DType::{other}"
+        text += f"template __global__ void saw_int4_{op}_kernel<{head_dim}, {argument}>({params});\n"
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / f"{op}.cu", Path(folder) / f"{op}.cubin"
+        source.write_text(text + "}\n")
+        command = ["nvcc", *FLAGS, "-Xptxas", "-v", "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        log = run([*command, "-o", str(cubin), str(source)]).stderr
+        sass = run([nvdisasm(), "-c", str(cubin)]).stdout
     code: dict[str, list[str]] = {}
     current: list[str] = []
     for line in sass.splitlines():
@@ -135,32 +244,42 @@ def compile_unit(op: str, stem: str, text: str, arch: str) -> list[Kernel]:
             current.append(match[1] + ":")
         elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?)\s*;", line):
             current.append(match[1])
-    kernels = []
     pattern = (
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers"
     )
-    for match in re.finditer(pattern, done.stderr, re.DOTALL):
-        name = match[1]
-        kernels.append(Kernel(op, readable(name), arch, int(match[4]), int(match[2]), int(match[3]), code[name]))
-    return kernels
+    kernels = []
+    for match in re.finditer(pattern, log, re.DOTALL):
+        arguments = re.search(rf"saw_int4_{op}_kernelILi(\d+)E(?:Li|LNS_5DTypeE)(\d+)E", match[1])
+        second = int(arguments[2]) if op == "decode" else DTYPES[int(arguments[2])]
+        instance = (int(arguments[1]), second)
+        kernels.append(Kernel(op, instance, arch, int(match[4]), int(match[2]), int(match[3]), code[match[1]]))
+    if len(kernels) != len(instances):
+        fail(f"{len(kernels)} kernels of {op} in ptxas' output for sm_{arch}, expected {len(instances)}:\n{log}")
+    return sorted(kernels, key=lambda kernel: str(kernel.instance))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=ARCHS, choices=ARCHS)
-    parser.add_argument("--op", nargs="+", default=list(UNITS), choices=list(UNITS))
+    parser.add_argument("--arch", nargs="+", default=list(ARCHS), choices=list(ARCHS))
+    parser.add_argument("--op", nargs="+", default=list(OPERATORS), choices=list(OPERATORS))
+    parser.add_argument("--all", action="store_true", help="every instance, not only the usual ones")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
-    jobs = [(op, stem, text, arch) for arch in args.arch for op in args.op for stem, text in sorted(UNITS[op].items())]
+    if shutil.which("nvcc") is None:
+        fail("nvcc not found on PATH")
+    jobs = [(arch, op, OPERATORS[op].all if args.all else OPERATORS[op].usual) for arch in args.arch for op in args.op]
+    shape_of = shapes(jobs)
     failed = 0
+    print(TITLE)
     with ThreadPoolExecutor(args.jobs) as pool:
         for kernels in pool.map(lambda job: compile_unit(*job), jobs):
-            for kernel in sorted(kernels, key=lambda k: k.name):
+            for kernel in kernels:
                 problems = kernel.problems()
                 failed += bool(problems)
-                print(kernel.row() + "".join(f"\n    FAILED: {p}" for p in problems), flush=True)
+                row = kernel.row(shape_of[kernel.arch, kernel.op, kernel.instance])
+                print(row + "".join(f"\n    FAILED: {p}" for p in problems), flush=True)
     if failed:
-        sys.exit(f"compile_report: {failed} kernels failed")
+        fail(f"{failed} kernels failed")
 
 
 if __name__ == "__main__":

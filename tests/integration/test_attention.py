@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from saw_int4 import env, ops
-from saw_int4.sglang_plugin import plan
+from saw_int4.sglang_plugin import verify
 from saw_int4.sglang_plugin.backend import Int4AttentionBackend
+from saw_int4.sglang_plugin.plan import Span, arrange
 from saw_int4.sglang_plugin.pool import Int4KVPool, name_layers
 from saw_int4.sglang_plugin.transform import KeyTransform
 
@@ -21,9 +23,10 @@ H_Q, H_KV, D, PAGE = 6, 2, 64, 16
 SLOTS = 1024
 
 
-def make_backend(monkeypatch, rotation: str, calibrated: bool) -> Int4AttentionBackend:
+def make_backend(monkeypatch, rotation: str, calibrated: bool, device: str = "cpu") -> Int4AttentionBackend:
     """The backend over a fresh pool, without a server around it."""
     monkeypatch.setenv(env.RESOLVED, env.Options(rotation).to_json())
+    monkeypatch.setattr(verify, "pool", lambda model_runner: None)
     pool = Int4KVPool(
         SLOTS,
         page_size=PAGE,
@@ -31,19 +34,27 @@ def make_backend(monkeypatch, rotation: str, calibrated: bool) -> Int4AttentionB
         head_num=H_KV,
         head_dim=D,
         layer_num=1,
-        device="cpu",
+        device=device,
         enable_memory_saver=False,
     )
     if calibrated:
-        scale = torch.rand(H_KV, D) + 0.5
-        sign = torch.where(torch.rand(H_KV, D) < 0.5, -1.0, 1.0)
-        pool.transforms = [KeyTransform(mean=torch.randn(H_KV, D), scale=scale, inv_scale=1 / scale, sign=sign)]
-    backend = object.__new__(Int4AttentionBackend)
-    backend.kv_pool, backend.page_size, backend._layers, backend.plan = pool, PAGE, {}, None
-    backend.has_swa_pool, backend._workspaces, backend._workspace_rows, backend._graph_rows = False, [], 0, 0
+        scale = torch.rand(H_KV, D, device=device) + 0.5
+        sign = torch.where(torch.rand(H_KV, D, device=device) < 0.5, -1.0, 1.0)
+        mean = torch.randn(H_KV, D, device=device)
+        pool.transforms = [KeyTransform(mean=mean, scale=scale, inv_scale=1 / scale, sign=sign)]
     pages = torch.randperm(SLOTS // PAGE)[:60].view(4, 15)
-    table = (pages[:, :, None] * PAGE + torch.arange(PAGE)).view(4, -1).to(torch.int32)
-    backend.req_to_token_pool = SimpleNamespace(req_to_token=table)
+    table = (pages[:, :, None] * PAGE + torch.arange(PAGE)).view(4, -1).to(torch.int32).to(device)
+    runner = SimpleNamespace(
+        token_to_kv_pool=pool,
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+        page_size=PAGE,
+        model_config=SimpleNamespace(num_attention_heads=H_Q, get_total_num_kv_heads=lambda: H_KV),
+        dtype=torch.float32,
+        sliding_window_size=None,
+        device=device,
+    )
+    backend = Int4AttentionBackend(runner)
+    pool.set_kv_buffer = lambda layer, loc, k, v: pool._set_quantized_kv_buffer(0, 0, loc, k, v)
     return backend
 
 
@@ -67,37 +78,46 @@ def make_layer(**changes):
 
 def make_batch(backend, prefixes: list[int], news: list[int], decode: bool = False):
     table = backend.req_to_token_pool.req_to_token
+    device = table.device
     slots = torch.cat([table[i, p : p + n] for i, (p, n) in enumerate(zip(prefixes, news))])
     return SimpleNamespace(
         forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
-        req_pool_indices=torch.arange(len(news)),
-        seq_lens=torch.tensor(prefixes) + torch.tensor(news),
+        req_pool_indices=torch.arange(len(news), device=device),
+        seq_lens=torch.tensor(prefixes, device=device) + torch.tensor(news, device=device),
         extend_seq_lens_cpu=news,
         extend_prefix_lens_cpu=prefixes,
         out_cache_loc=slots.to(torch.int64),
     )
 
 
-def oracle(backend, batch, q, layer, keys, values, sinks):
-    """float64 attention on keys and values as the rows hold them, taken back to the original space."""
+def oracle(batch, q, layer, keys, values, sinks, own=None):
+    """float64 attention on keys and values as the rows hold them, taken back to the original space.
+
+    own: K and V of the new tokens, and for each request how many of its last tokens see each other as those are.
+    """
     out, row = [], 0
     for i, (prefix, new) in enumerate(zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)):
-        k, v = (x[i].repeat_interleave(H_Q // H_KV, 1) for x in (keys, values))
+        start = row - prefix  # of the request's first token, counted as new ones are
         for t in range(prefix, prefix + new):
             low = max(0, t - layer.sliding_window_size) if layer.sliding_window_size >= 0 else 0
-            logits = torch.einsum("hd,nhd->hn", q[row].double(), k[low : t + 1]) * layer.scaling
+            k, v = keys[i][low : t + 1].clone(), values[i][low : t + 1].clone()
+            if own is not None and own[2][i]:
+                first = max(low, prefix + (t - prefix) // own[2][i] * own[2][i])
+                k[first - low :], v[first - low :] = (x[start + first : start + t + 1] for x in own[:2])
+            k, v = (x.repeat_interleave(H_Q // H_KV, 1) for x in (k, v))
+            logits = torch.einsum("hd,nhd->hn", q[row].double(), k) * layer.scaling
             if layer.logit_cap > 0:
                 logits = layer.logit_cap * torch.tanh(logits / layer.logit_cap)
             if sinks is not None:
                 logits = torch.cat([logits, sinks.double()[:, None]], 1)
             weights = logits.softmax(-1)[:, : t + 1 - low]
-            out.append(torch.einsum("hn,nhd->hd", weights, v[low : t + 1]))
+            out.append(torch.einsum("hn,nhd->hd", weights, v))
             row += 1
     return torch.stack(out)
 
 
-def hadamard(order: int) -> torch.Tensor:
-    h = torch.ones(1, 1, dtype=torch.float64)
+def hadamard(order: int, device) -> torch.Tensor:
+    h = torch.ones(1, 1, dtype=torch.float64, device=device)
     while len(h) < order:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h / order**0.5
@@ -106,10 +126,10 @@ def hadamard(order: int) -> torch.Tensor:
 def stored(backend, lengths: list[int]):
     """Dequantized K and V of each request in the original space, float64."""
     pool = backend.kv_pool
-    h, transform = hadamard(D), pool.transforms[0]
+    h, transform = hadamard(D, pool.device), pool.transforms[0]
     keys, values = [], []
     for i, n in enumerate(lengths):
-        k, v = torch.empty(2, n, H_KV, D, dtype=torch.float32)
+        k, v = torch.empty(2, n, H_KV, D, dtype=torch.float32, device=pool.device)
         ops.gather_kv(*pool.rows(0), backend.req_to_token_pool.req_to_token[i, :n], k, v)
         k, v = k.double(), v.double()
         if transform.sign is not None:
@@ -123,43 +143,91 @@ def stored(backend, lengths: list[int]):
     return keys, values
 
 
-@pytest.mark.parametrize(
-    ("rotation", "calibrated", "changes", "with_sinks"),
-    [
-        ("none", False, {}, False),
-        ("k", False, {}, False),
-        ("kv", True, {}, False),
-        ("k", True, {"sliding_window_size": 20}, False),
-        ("k", True, {"logit_cap": 3.0}, True),
-        ("kv", True, {"sliding_window_size": 33, "logit_cap": 5.0}, True),
-    ],
-)
-def test_backend_against_float64(monkeypatch, rotation, calibrated, changes, with_sinks):
-    """A cold long request, one on a prefix, a short one and a single token, in one batch; then one decode step."""
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+FORMATS = [  # rotation, calibrated, changes of the layer, with sinks
+    ("none", False, {}, False),
+    ("k", False, {}, False),
+    ("kv", True, {}, False),
+    ("kv", True, {}, True),
+    ("k", True, {"sliding_window_size": 20}, False),
+    ("k", True, {"logit_cap": 3.0}, True),
+    ("kv", True, {"sliding_window_size": 33, "logit_cap": 5.0}, True),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("capacity", [10**6, 90], ids=["whole", "pieces"])
+@pytest.mark.parametrize("fresh", [False, True], ids=["read-back", "fresh"])
+@pytest.mark.parametrize(("rotation", "calibrated", "changes", "with_sinks"), FORMATS)
+def test_backend_against_float64(monkeypatch, rotation, calibrated, changes, with_sinks, fresh, capacity, device):
+    """Cold long and short requests, one on a prefix, a short one and a single token in one batch; then a decode step.
+
+    With room for 90 keys the second request, of 200, is cut in rows and in keys.
+    """
     torch.manual_seed(1)
-    backend = make_backend(monkeypatch, rotation, calibrated)
+    backend = make_backend(monkeypatch, rotation, calibrated, device)
+    backend.fresh, backend.capacity = fresh, capacity
+    dtype, tolerance = (torch.float32, 2e-5) if device == "cpu" else (torch.bfloat16, 1e-2)
     layer = make_layer(**changes)
-    sinks = torch.randn(H_Q) if with_sinks else None
+    sinks = torch.randn(H_Q, device=device) if with_sinks else None
     prefixes, news = [0, 70, 100, 5], [60, 130, 9, 1]
     for decode in (False, True):
         if decode:
             prefixes, news = [p + n for p, n in zip(prefixes, news)], [1, 1, 1, 1]
         else:  # what earlier passes left in the cache
             first = make_batch(backend, [0, 0, 0, 0], prefixes)
-            k, v = torch.randn(2, sum(prefixes), H_KV, D)
+            k, v = torch.randn(2, sum(prefixes), H_KV, D, device=device).to(dtype)
             backend.kv_pool._set_quantized_kv_buffer(0, 0, first.out_cache_loc, k, v)
         batch = make_batch(backend, prefixes, news, decode)
-        q, k, v = (torch.randn(sum(news), h * D) * 2 for h in (H_Q, H_KV, H_KV))
+        q, k, v = ((torch.randn(sum(news), h * D, device=device) * 2).to(dtype) for h in (H_Q, H_KV, H_KV))
         backend.init_forward_metadata(batch)
         run = backend.forward_decode if decode else backend.forward_extend
-        backend.kv_pool.set_kv_buffer = lambda layer, loc, k, v: backend.kv_pool._set_quantized_kv_buffer(
-            0, 0, loc, k, v
-        )
         got = run(q, k, v, layer, batch, sinks=sinks).view(-1, H_Q, D)
-        want = oracle(
-            backend, batch, q.view(-1, H_Q, D), layer, *stored(backend, [p + n for p, n in zip(prefixes, news)]), sinks
-        )
-        torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-4)
+        keys, values = stored(backend, [p + n for p, n in zip(prefixes, news)])
+        own = None
+        if fresh and not decode:
+            own = [x.view(-1, H_KV, D).double() for x in (k, v)]
+            own.append([60, 130 if capacity > 200 else capacity // 2, 0, 0])
+        want = oracle(batch, q.view(-1, H_Q, D), layer, keys, values, sinks, own)
+        assert ((got - want).norm() / want.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_row_sees_its_keys_once(seed):
+    """Random requests, windows and workspaces: calls fit, rows are covered once, and their keys are those in sight."""
+    rng = random.Random(seed)
+    capacity, fresh = rng.choice([64, 100, 1000]), rng.random() < 0.5
+    window = rng.choice([-1, -1, 0, 7, capacity // 2])
+    requests, start = [], 0
+    for place in range(rng.randint(1, 5)):
+        prefix, new = rng.choice([0, rng.randint(1, 300)]), rng.randint(1, 300)
+        requests.append(Span(start, start + new, 0, prefix + new, place))
+        start += new + rng.choice([0, 3])
+    seen = {}
+    for spans, pieces in arrange(requests, window, capacity, fresh):
+        for span in spans:
+            request = requests[span.place]
+            shift = request.high - request.num_rows - request.start  # from a row to its position
+            calls = [keys for piece in pieces for keys in piece if keys.place == span.place and keys.end == span.end]
+            for row in range(span.start, span.end):
+                assert row not in seen
+                position = row + shift
+                if not pieces:
+                    assert fresh and request.high == request.num_rows
+                    seen[row] = True
+                    continue
+                keys = [t for c in calls for t in range(c.low, c.high) if t <= position]
+                if window >= 0:
+                    keys = [t for t in keys if t >= position - window]
+                    assert len(calls) == 1  # no call but the last may mask keys
+                assert sorted(keys) == list(range(max(0, position - window) if window >= 0 else 0, position + 1))
+                seen[row] = True
+        for piece in pieces:
+            assert sum(keys.num_keys for keys in piece) <= capacity
+    assert len(seen) == sum(r.num_rows for r in requests)
 
 
 def test_path_depends_on_the_request_alone(monkeypatch):
@@ -179,7 +247,7 @@ def test_path_depends_on_the_request_alone(monkeypatch):
         rows = backend.forward_extend(q[start : start + new], None, None, layer, alone)
         assert torch.equal(rows, together[start : start + new])
         start += new
-    assert max(n for n in news if n <= plan.SHORT_EXTEND) == 9  # both paths took part
+    assert max(n for n in news if n <= backend.decode_limit) == 9  # both paths took part
 
 
 @pytest.mark.parametrize(

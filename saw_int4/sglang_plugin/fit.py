@@ -49,6 +49,7 @@ OVERRIDES = {
     "saw_int4.sglang_plugin.pool.Int4KVPool": (
         "_build_kv_buffer_descs", "_get_key_buffer", "_get_value_buffer", "_init_kv_copy_and_warmup",
         "_set_quantized_kv_buffer", "set_kv_buffer_prefix_valid",
+        *(() if sglang_version() == "0.5.21" else ("_mha_buffer_info",)),  # 0.5.21 asks for no such thing
     ),
     "saw_int4.sglang_plugin.backend.Int4AttentionBackend": (
         "forward_decode", "forward_extend", "get_cuda_graph_seq_len_fill_value", "init_cuda_graph_state",

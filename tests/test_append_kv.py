@@ -86,6 +86,15 @@ def test_rounding_ties_and_ends_of_the_range(engine):
     check(engine, rows, rows.flip(0), torch.arange(len(rows)), len(rows), rotation_order=1)
 
 
+@pytest.mark.parametrize("low", [1000.24, 1000.26, 1000.02, 999.98, -1000.24, -1000.26])
+def test_rows_far_from_zero(engine, low):
+    """fp16 rounds the offset by a step of the codes or several, down or up: codes and fit are clamped at that end. Rows
+    are alike, as kernels may look at several to decide whether any needs it.
+    """
+    row = low + torch.linspace(0, 1, 64).expand(3, 2, 64)
+    check(engine, row, row, torch.arange(3), 3, rotation_order=1)
+
+
 def test_negative_slots_are_skipped(engine):
     k, v = adversarial_rows(9, 2, 64, torch.bfloat16), adversarial_rows(9, 2, 64, torch.bfloat16, 1)
     slots = torch.tensor([3, -1, 0, -5, 7, 11, -(2**62), 2, 1])

@@ -1,9 +1,9 @@
 // K and V of T new tokens -> INT4 rows at their slots: t = sign * H_R((x - mu) / s), then 4-bit codes and their
 // fitted scale and offset, byte for byte as format.h states and csrc/cpu computes it (nothing is contracted).
 //
-// 4 lanes per row of one (token, head), 2 where head_dim <= 128: lane i takes words i, i + 4, ... of it, 64 values at
-// most, and stores the same words of codes. Hadamard strides 1, 2, 4 lie in a lane, 8 and 16 across lanes, the rest in
-// a lane again: the more of a row a lane holds, the less it shuffles, and the less is computed once per row.
+// 4 lanes per row of one (token, head), 2 where 4 do not divide it: lane i takes words i, i + 4, ... of it, and stores
+// the same words of codes. Hadamard strides 1, 2, 4 lie in a lane, 8 and 16 across lanes, the rest in a lane again: the
+// more of a row a lane holds, the less it shuffles and computes once per row, but the narrower are its copies.
 //
 // The next row is copied to shared memory meanwhile. Parameters are fitted last, one row per lane: divisions and 64-bit
 // sums then cost one row's worth per group of lanes.
@@ -24,7 +24,7 @@ inline constexpr int kAppendRounds = 8;
 inline constexpr int kAppendBlocksOfTensorPerSm = 12;
 
 template <int D>
-inline constexpr int kAppendLanes = row_lanes(D, D > 128 ? 4 : 2);  // of a row
+inline constexpr int kAppendLanes = row_lanes(D, 4);  // of a row
 template <int D>
 inline constexpr int kAppendRows = kAppendThreads / kAppendLanes<D>;  // (token, head) pairs per block and round
 template <int D>

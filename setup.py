@@ -71,9 +71,9 @@ def extension():
     cuda = with_cuda()
     patterns = ["csrc/*.cpp", "csrc/*/*_cpu*.cpp"] + (["csrc/*/*_cuda*.cu", "csrc/*/*_cuda*.cpp"] if cuda else [])
     sources = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
-    # torch's C++ runtime by name, for compilers told to link a private copy of it: symbols of two versions in one
+    # torch's C++ runtime by its file, for compilers that bring a static libstdc++ alone: symbols of two versions in one
     # process get mixed, and the first number written to a stream crashes.
-    link = ["-fopenmp", "-lstdc++"]
+    link = ["-fopenmp", "-l:libstdc++.so.6"]
     options = dict(sources=sources, include_dirs=[str(ROOT / "csrc")], extra_link_args=link)
     if not cuda:
         return cpp_extension.CppExtension("saw_int4._C", extra_compile_args={"cxx": cxx}, **options)

@@ -168,7 +168,7 @@ BAD = {
     "float64": ({"k": torch.ones(3, 2, 64).double()}, "k is Double, expected bfloat16, float16 or float32"),
     "head_dim_72": ({"k": torch.ones(3, 2, 72).bfloat16()}, "head_dim 72, expected a positive multiple of 16"),
     "two_dimensions": ({"k": torch.ones(3, 128).bfloat16()}, r"expected three dimensions \[T, H, D\]"),
-    "strided_channels": ({"k": torch.ones(3, 2, 128).bfloat16()[..., ::2]}, "last two dimensions contiguous"),
+    "strided_channels": ({"k": torch.ones(3, 64, 2).bfloat16().transpose(1, 2)}, "last two dimensions contiguous"),
     "cache_of_another_head_dim": ({"k_cache": torch.full((8, 2, 68), 7, dtype=torch.uint8)}, "another head_dim"),
     "cache_of_other_heads": ({"k_cache": torch.full((8, 3, 36), 7, dtype=torch.uint8)}, "k_cache has shape"),
     "cache_of_int8": ({"v_cache": torch.full((8, 2, 36), 7, dtype=torch.int8)}, "v_cache is Char, expected Byte"),

@@ -16,9 +16,9 @@ def decode_limit(group: int, cuda: bool) -> int:
     """Most new tokens of a request that go through decode_attention; more go through gather_kv and 16-bit attention.
 
     The unit is reading a cached token's K and V in 16 bits. decode_attention reads 0.27 of it for every pass of 32
-    query rows of a KV head, and computes as long as 0.6 (8 rows take 1, 32 rows 2.2 times its reading). The other way
-    reads 0.27, writes 1 and reads 1: 2.3, whatever the rows. So four passes at most: 128 rows, 128 / group tokens. On
-    a CPU both compute; 16 there, as measured.
+    query rows of a KV head, and computes as long as 0.6 (32 rows took 2.2 times as long as 4, csrc/README.md). The
+    other way reads 0.27, writes 1 and reads 1: 2.3, whatever the rows. So four passes at most: 128 rows, 128 / group
+    tokens. This is arithmetic: the crossover itself was not measured, and neither was the 16 for a CPU.
 
     Depends on the model alone: what shares a request's batch must not change its bits.
     """

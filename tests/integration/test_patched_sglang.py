@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ARGS, POOL_TOKENS
+from conftest import ARGS, CALIBRATED, POOL_TOKENS
 from server import ROOT, Server, environment
 
 from saw_int4 import patching
@@ -127,6 +127,8 @@ def test_serves_without_the_plugin(patched, model, logs, int4_server, text_ids):
         *ARGS,
         *("--kv-cache-dtype", "int4", "--max-total-tokens", str(POOL_TOKENS)),
         command=[sys.executable, "-m", "saw_int4.launch_server"],
+        **CALIBRATED,
+        HOME=str(logs),  # the artifact of the other server
         PYTHONPATH=path_with(patched),
         SGLANG_PLUGINS=NO_PLUGIN,
     )

@@ -23,7 +23,7 @@ from conftest import POOL_TOKENS
 from server import Server, output_logprobs
 
 CLIENTS, REQUESTS, DISTINCT = 16, 200, 16
-SHORT, LONG = 8, 96
+SHORT, LONG = 8, 64
 
 
 @dataclass
@@ -52,7 +52,7 @@ def load(text_ids) -> Load:
     return Load(
         prompts=[random.choice(distinct) for _ in range(REQUESTS)],
         # Short requests are admitted while long ones still grow: the pool overflows, and some are retracted.
-        lengths=[random.choice((SHORT, LONG)) for _ in range(REQUESTS)],
+        lengths=[random.choice((SHORT, SHORT, LONG)) for _ in range(REQUESTS)],
         leaves=[random.random() < 0.1 for _ in range(REQUESTS)],
     )
 
@@ -124,13 +124,13 @@ def moved(server: Server, load: Load, answers: Answers) -> Moved:
 @pytest.fixture(scope="module")
 def alone(int4_server, load) -> Moved:
     """INT4 without any load."""
-    return moved(int4_server, load, answers_alone(int4_server, load, 8))
+    return moved(int4_server, load, answers_alone(int4_server, load, 6))
 
 
 @pytest.fixture(scope="module")
 def load_factor(bf16_server, load) -> float:
     """How many times more BF16's log probabilities move under the load than alone; at least 1."""
-    quiet = moved(bf16_server, load, answers_alone(bf16_server, load, 8))
+    quiet = moved(bf16_server, load, answers_alone(bf16_server, load, 6))
     busy = moved(bf16_server, load, answers_under_load(bf16_server, load, 48))
     print(f"bf16: alone {quiet}, under load {busy}")
     return max(1.0, busy.mean / quiet.mean)

@@ -15,12 +15,19 @@ fi
 bin=$(dirname "$python")
 scripts/setup.sh 0.5.21 >.cache/second-python &  # mostly downloads: meanwhile the first tests run
 setup=$!
-trap 'kill $setup 2>/dev/null || true' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs "$bin/clang-format" --dry-run --Werror
 
-"$python" -m pytest
-wait $setup
-"$(cat .cache/second-python)" -m pytest -m both_versions tests/integration
+# Tests of servers wait for most of their time: those without servers run beside them, and are shown at the end.
+failed=0
+"$python" -m pytest --ignore tests/integration >.cache/operators.log 2>&1 &
+operators=$!
+"$python" -m pytest tests/integration || failed=1
+wait $setup || exit 1
+"$(cat .cache/second-python)" -m pytest -m both_versions tests/integration || failed=1
+wait $operators || failed=1
+cat .cache/operators.log
+exit $failed

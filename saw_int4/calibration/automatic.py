@@ -21,7 +21,7 @@ def artifact_for(model: str, rotation_order: int, device: str) -> Path:
 
     Args:
         model: folder of a checkpoint, or its name on the Hugging Face hub.
-        device: where the model runs meanwhile, as torch names it: seconds on a GPU, a minute or more on a CPU.
+        device: where the model runs meanwhile, as torch names it.
 
     Raises:
         ValueError: the checkpoint cannot be calibrated.

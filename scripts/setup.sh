@@ -44,6 +44,8 @@ printf '#include <compare>\n#include <omp.h>\nint main() { return (1 <=> 2) == 0
 mode=cpu
 if [ "${SAW_INT4_CPU_ONLY:-0}" != 1 ] && nvidia-smi -L >/dev/null 2>&1 && command -v nvcc >/dev/null; then
   mode=cuda
+else
+  export SAW_INT4_CPU_ONLY=1  # nvcc alone is no reason: PyPI's torch is a CUDA build on machines without a GPU too
 fi
 extra="requirements/sglang-$version-cpu.txt"
 [ -f "$extra" ] || die "SGLang $version is not supported, expected one of: $(cd requirements && echo sglang-*-cpu.txt | sed 's/sglang-//g; s/-cpu.txt//g')" \

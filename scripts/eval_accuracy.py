@@ -24,7 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a Hugging Face checkpoint")
     parser.add_argument("--variant", choices=sorted(VARIANTS), help="change the model first, see variants.py")
-    parser.add_argument("--methods", help="comma-separated names (default: all)")
+    parser.add_argument(
+        "--methods", help="comma-separated names (default: all); NAME@0+3-5+last:1 keeps these layers in BF16"
+    )
     parser.add_argument("--text", help="evaluation text (default: Python's language reference)")
     parser.add_argument(
         "--calibration", default="builtin", help=f"{', '.join(ladder.CALIBRATION_TEXTS)}, or the path of a text"
@@ -32,8 +34,8 @@ def main() -> None:
     for name in ("calibration_tokens", "context", "windows"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=defaults[name])
     parser.add_argument("--generate", type=int, default=0, help="greedy tokens per window (default: 0, none)")
-    parser.add_argument("--needle", type=int, default=0, help="tokens of the haystack (default: 0, none)")
-    parser.add_argument("--sensitivity", metavar="METHOD", help="also quantize each layer alone")
+    parser.add_argument("--needle", type=int, default=0, help="tokens of a haystack, one per window (default: 0, none)")
+    parser.add_argument("--sensitivity", metavar="METHOD", help="also quantize each layer alone, on held-out text")
     parser.add_argument("--plots", action="store_true", help="write SVG plots next to the results")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"), help="folder of the results")

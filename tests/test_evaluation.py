@@ -1,6 +1,7 @@
 """The ladder's quantizers and figures, against arithmetic one can do by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny_checkpoint
@@ -11,7 +12,7 @@ from saw_int4.calibration import fit
 from saw_int4.calibration.attention_hook import AttentionCall
 from saw_int4.calibration.statistics import LayerStatistics
 from saw_int4.evaluation import ladder, measure, quantizers, report, text
-from saw_int4.evaluation.methods import methods
+from saw_int4.evaluation.methods import keeping, methods
 from saw_int4.evaluation.quantizers import LayerSample
 
 HEADS, D = 2, 64
@@ -100,8 +101,9 @@ def test_layers_are_left_alone(sample):
 def test_bits_count_the_parameters(head_dim, bits):
     known = methods(head_dim)
     assert known["bf16"].bits(head_dim, 30) == 16
-    assert {m.bits(head_dim, 30) for m in known.values() if m.ours and "edges" not in m.name} == {bits}
-    assert known["calibrated-kv-edges"].bits(head_dim, 30) == pytest.approx((2 * 16 + 28 * bits) / 30)
+    assert {m.bits(head_dim, 30) for m in known.values() if m.ours} == {bits}
+    edges = keeping(known["calibrated-kv"], "first:1+last:1", 30)
+    assert edges.bits(head_dim, 30) == pytest.approx((2 * 16 + 28 * bits) / 30)
     assert known["trial-groups"].bits(head_dim, 30) == 4 + 64 / head_dim
     assert known["mixed"].bits(head_dim, 30) == pytest.approx(((7 * 4 + 8) / 8 + 4 + 96 / head_dim) / 2)
 
@@ -148,7 +150,7 @@ def test_ladder_fills_resumes_and_reports(settings, tmp_path, monkeypatch):
     names = ["bf16", "bdr-32", "calibrated-kv"]
     ladder.Ladder(settings, tmp_path).run(names[:2])
     again = ladder.Ladder(settings, tmp_path)
-    assert len(again.cells) == 2 * 2 + 2 * 2 + 2 * 3  # windows, greedy, needle
+    assert len(again.cells) == 2 * 2 + 2 * 2 + 2 * 5 * 2  # windows, greedy, needle at five depths of two haystacks
     calls = []
     original = measure.compare
     monkeypatch.setattr(measure, "compare", lambda *args: calls.append(1) or original(*args))
@@ -160,11 +162,49 @@ def test_ladder_fills_resumes_and_reports(settings, tmp_path, monkeypatch):
     assert 0 < rows[2]["kl"] < rows[1]["kl"]
     table = report.table(rows)
     assert all(name in table for name in names) and "needle" in table
-    layers = again.sensitivity("bdr-32")
+    assert rows[0]["needles"] == 10 and set(rows[0]["needle_exact_by_depth"]) == set(ladder.NEEDLE_DEPTHS)
+
+
+def test_layers_in_bf16_and_what_they_take_away(settings, tmp_path):
+    run = ladder.Ladder(replace(settings, generate=0, needle=0), tmp_path)
+    run.run(["bf16", "bdr-32", "bdr-32@0+2", "bdr-32@first:3"])
+    exact, all_of_them, one_of_them, none_of_them = run.results()
+    assert none_of_them["method"] == "bdr-32@first:3" and one_of_them["bits"] == pytest.approx((2 * 16 + 5) / 3)
+    assert none_of_them["kl"] == exact["kl"] == 0
+    assert 0 < one_of_them["kl"] < all_of_them["kl"]
+    layers = run.sensitivity("bdr-32")
     assert sorted(row["layer"] for row in layers) == [0, 1, 2]
-    assert layers[0]["kl"] >= layers[-1]["kl"] > 0
+    assert layers[0]["kl_of_all"] > layers[0]["kl"] >= layers[-1]["kl"] > 0
     assert layers[0]["extra_bits_in_bf16"] == pytest.approx((16 - 5) / 3)
-    assert "bits in all" in report.sensitivity_table(layers)
+    assert "bits that BF16 adds" in report.sensitivity_table(layers)
+    assert run.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "kept"), [("bf16", "0"), ("bdr-32", ""), ("bdr-32", "3"), ("bdr-32", "x")])
+def test_layers_that_cannot_stay_are_refused(name, kept):
+    with pytest.raises(ValueError, match="layers in BF16|not in this model|no layer"):
+        keeping(methods(32)[name], kept, 3)
+
+
+def test_a_model_that_copies_finds_the_needle(settings, tmp_path, monkeypatch):
+    """The logits of a perfect reader: after the question, what followed its last words in the haystack."""
+    run = ladder.Ladder(settings, tmp_path)
+
+    def perfect(model, ids, quantizer):
+        ids = ids.tolist()
+        out = torch.zeros(len(ids), run.model.config.vocab_size)
+        for end in range(12, len(ids)):
+            earlier = [i for i in range(12, end - 1) if ids[i - 12 : i] == ids[end - 11 : end + 1]]
+            if earlier:
+                out[end, ids[earlier[0]]] = 50.0
+        return out
+
+    haystack = run.tokens(text.topics())[:64]
+    monkeypatch.setattr(measure, "logits", perfect)
+    found = [measure.needle(run.model, run.tokenizer, haystack, depth, 3, None) for depth in (0.1, 0.9)]
+    assert all(x["exact"] and x["logprob"] > -0.01 for x in found)
+    monkeypatch.setattr(measure, "logits", lambda *args: torch.roll(perfect(*args), 1, 1))
+    assert not measure.needle(run.model, run.tokenizer, haystack, 0.5, 3, None)["exact"]
 
 
 def test_variant_keeps_the_function_and_bites(settings, tmp_path):
@@ -191,5 +231,5 @@ def test_generation_reads_the_cache_through_the_quantizer(settings, tmp_path):
 
 
 def test_unknown_method_is_named(settings, tmp_path):
-    with pytest.raises(ValueError, match=r"methods \['bdr-7'\] are unknown for head_dim 32"):
+    with pytest.raises(ValueError, match="method 'bdr-7' is unknown for head_dim 32"):
         ladder.Ladder(settings, tmp_path).run(["bdr-7"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from saw_int4.calibration.attention_hook import load_model
 from saw_int4.calibration.fingerprint import model_fingerprint
 from saw_int4.calibration.text import BUILTIN
 from saw_int4.evaluation import measure, text
-from saw_int4.evaluation.methods import Method, methods
+from saw_int4.evaluation.methods import Method, keeping, methods
 from saw_int4.evaluation.quantizers import LayerSample, Quantizer, only_layer
 from saw_int4.evaluation.samples import collect_samples
 from saw_int4.evaluation.variants import VARIANTS
 
 CALIBRATION_TEXTS = ("builtin", "docs", "code", "random")
-NEEDLE_DEPTHS = (0.1, 0.5, 0.9)
+NEEDLE_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Settings:
         text: path of the evaluation text, or None for the language reference.
         calibration: one of CALIBRATION_TEXTS, or the path of a text; calibration_tokens of it.
         context, windows: tokens per window, and how many.
-        generate: greedy tokens per prompt (0: none); needle: tokens of haystack (0: none).
+        generate: greedy tokens per window (0: none); needle: tokens of a haystack, one per window (0: none).
     """
 
     model: str
@@ -73,11 +74,8 @@ class Ladder:
 
     def run(self, names: list[str]) -> None:
         """Fill in the cells of these methods. ValueError for a name that is not a method of this model."""
-        unknown = [name for name in names if name not in self.methods]
-        if unknown:
-            raise ValueError(
-                f"methods {unknown} are unknown for head_dim {self.head_dim}; known: {list(self.methods)}."
-            )
+        for name in names:
+            self.method(name)
         ids = self.tokens(text.topics() if self.settings.text is None else Path(self.settings.text).read_text())
         windows = text.windows(ids, self.settings.context, self.settings.windows)
         jobs = [(i, name) for i in range(len(windows)) for name in names if f"{name}/{i}" not in self.cells]
@@ -91,7 +89,17 @@ class Ladder:
         if self.settings.generate:
             self._generate(names, windows)
         if self.settings.needle:
-            self._needle(names, ids[: self.settings.needle])
+            self._needle(names, text.windows(ids, self.settings.needle, self.settings.windows))
+
+    def method(self, name: str) -> Method:
+        """A rung of the ladder, or ``RUNG@LAYERS``: the same with these layers in BF16. ValueError for another name."""
+        base, at, kept = name.partition("@")
+        if base not in self.methods:
+            raise ValueError(
+                f"method {name!r} is unknown for head_dim {self.head_dim}; known: {list(self.methods)}, and any of "
+                "them with layers that stay in BF16: NAME@0+3-5+last:1."
+            )
+        return keeping(self.methods[base], kept, self.layers) if at else self.methods[base]
 
     def _generate(self, names: list[str], windows: list[Tensor]) -> None:
         for i, window in enumerate(windows):
@@ -101,28 +109,38 @@ class Ladder:
                     tokens = measure.generate(self.model, prompt, self.settings.generate, self.quantizer(name))
                     self.keep(f"{name}/greedy/{i}", tokens)
 
-    def _needle(self, names: list[str], haystack: Tensor) -> None:
-        for name in tqdm(names, desc="needle", unit="method"):
-            for depth in NEEDLE_DEPTHS:
-                if f"{name}/needle/{depth}" not in self.cells:
-                    found = measure.needle(self.model, self.tokenizer, haystack, depth, self.quantizer(name))
-                    self.keep(f"{name}/needle/{depth}", found)
+    def _needle(self, names: list[str], haystacks: list[Tensor]) -> None:
+        jobs = [(i, d, name) for i in range(len(haystacks)) for d in NEEDLE_DEPTHS for name in names]
+        for i, depth, name in tqdm(jobs, desc="needle", unit="cell"):
+            if (key := f"{name}/needle/{depth}/{i}") not in self.cells:
+                found = measure.needle(self.model, self.tokenizer, haystacks[i], depth, i, self.quantizer(name))
+                self.keep(key, found)
 
     def sensitivity(self, name: str) -> list[dict]:
-        """What each layer costs when it alone is quantized by a method: KL on the first window, worst first."""
-        ids = self.tokens(text.topics() if self.settings.text is None else Path(self.settings.text).read_text())
-        window = text.windows(ids, self.settings.context, self.settings.windows)[0]
-        reference = None
-        for layer in tqdm(range(self.layers), desc=f"sensitivity of {name}", unit="layer"):
-            if f"{name}/layer/{layer}" not in self.cells:
-                if reference is None:
-                    reference = measure.logits(self.model, window, None)
-                found = measure.logits(self.model, window, only_layer(self.quantizer(name), layer))
-                self.keep(f"{name}/layer/{layer}", measure.compare(reference, found, window).to_json())
-        extra = (16 - self.methods[name].bits(self.head_dim, self.layers)) / self.layers
+        """What each layer costs, worst first: KL when it alone is quantized, beside the KL of all.
+
+        On one window of a text that is neither calibrated nor evaluated on, and in float32, where a change of rounding
+        moves nothing: in bfloat16 it moves a model by as much as most layers do.
+        """
+        method, quantizer = self.method(name), self.quantizer(name)
+        held_out = text.code() if self.settings.calibration == "docs" else text.docstrings()
+        window = text.windows(self.tokens(held_out), self.settings.context, 1)[0]
+        jobs = {f"{name}/layers/all": quantizer}
+        for layer in range(self.layers):
+            jobs[f"{name}/layers/{layer}"] = only_layer(quantizer, layer)
+        missing = [key for key in jobs if key not in self.cells]
+        if missing:
+            model = deepcopy(self.model).float()
+            reference = measure.logits(model, window, None)
+            for key in tqdm(missing, desc=f"sensitivity of {name}", unit="run"):
+                self.keep(key, measure.compare(reference, measure.logits(model, window, jobs[key]), window).to_json())
+
+        def kl(what: object) -> float:
+            return measure.summarize([self.window(f"{name}/layers/{what}")])["kl"]
+
+        extra = (16 - method.bits(self.head_dim, self.layers)) / self.layers
         rows = [
-            {"layer": i, "extra_bits_in_bf16": extra, **measure.summarize([self.window(f"{name}/layer/{i}")])}
-            for i in range(self.layers)
+            {"layer": i, "kl": kl(i), "kl_of_all": kl("all"), "extra_bits_in_bf16": extra} for i in range(self.layers)
         ]
         return sorted(rows, key=lambda row: -row["kl"])
 
@@ -141,7 +159,7 @@ class Ladder:
         return measure.Window(**self.cells[key])
 
     def quantizer(self, name: str) -> Quantizer | None:
-        method = self.methods[name]
+        method = self.method(name)
         if method.build is None:
             return None
         if name not in self._quantizers:
@@ -164,10 +182,11 @@ class Ladder:
     def results(self) -> list[dict]:
         """One row for each method with all of its windows, in the ladder's order."""
         rows = []
-        for name, method in self.methods.items():
+        changed = sorted({key.split("/")[0] for key in self.cells} - set(self.methods))
+        for name in [*self.methods, *changed]:
             keys = [f"{name}/{i}" for i in range(self.settings.windows)]
             if all(key in self.cells for key in keys):
-                row = self._describe(method) | measure.summarize([self.window(key) for key in keys])
+                row = self._describe(self.method(name)) | measure.summarize([self.window(key) for key in keys])
                 rows.append(row | self._greedy(name) | self._found(name))
         return rows
 
@@ -194,12 +213,22 @@ class Ladder:
         }
 
     def _found(self, name: str) -> dict:
-        found = [self.cells[key] for d in NEEDLE_DEPTHS if (key := f"{name}/needle/{d}") in self.cells]
-        if not found:
+        found = {
+            depth: [
+                self.cells[key]
+                for i in range(self.settings.windows)
+                if (key := f"{name}/needle/{depth}/{i}") in self.cells
+            ]
+            for depth in NEEDLE_DEPTHS
+        }
+        every = [x for at_depth in found.values() for x in at_depth]
+        if not every:
             return {}
         return {
-            "needle_exact": sum(x["exact"] for x in found) / len(found),
-            "needle_logprob": sum(x["logprob"] for x in found) / len(found),
+            "needle_exact": sum(x["exact"] for x in every) / len(every),
+            "needle_exact_by_depth": {d: sum(x["exact"] for x in f) / len(f) for d, f in found.items() if f},
+            "needle_logprob": sum(x["logprob"] for x in every) / len(every),
+            "needles": len(every),
         }
 
 

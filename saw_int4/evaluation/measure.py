@@ -117,11 +117,13 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-NEEDLE, QUESTION, ANSWER = "\n\nRemember this: the code of the harbour is", "\n\nThe code of the harbour is", " 73914"
+PLACES = ("harbour", "library", "garden", "station", "museum", "bakery", "castle", "bridge")
 
 
-def needle(model, tokenizer, haystack: Tensor, depth: float, quantizer: Quantizer | None) -> dict:
+def needle(model, tokenizer, haystack: Tensor, depth: float, which: int, quantizer: Quantizer | None) -> dict:
     """Whether a number hidden at ``depth`` (0 to 1) of a haystack int64 ``[T]`` is found again.
+
+    ``which``: the number and what it belongs to differ with it.
 
     Returns:
         exact: every token of the answer is the most likely one; logprob: of the whole answer, nats.
@@ -131,8 +133,10 @@ def needle(model, tokenizer, haystack: Tensor, depth: float, quantizer: Quantize
         return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
 
     at = round(depth * len(haystack))
-    answer = tokens(ANSWER)
-    ids = torch.cat([haystack[:at], tokens(NEEDLE + ANSWER + "."), haystack[at:], tokens(QUESTION), answer])
+    place, number = PLACES[which % len(PLACES)], f" {10007 + 7919 * (which + 1) % 89989}"
+    answer = tokens(number)
+    hidden = tokens(f"\n\nRemember this: the code of the {place} is{number}.")
+    ids = torch.cat([haystack[:at], hidden, haystack[at:], tokens(f"\n\nThe code of the {place} is"), answer])
     predicted = F.log_softmax(logits(model, ids, quantizer)[-len(answer) - 1 : -1].float(), -1)
     answer = answer.to(predicted.device)
     return {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from saw_int4 import layers
 from saw_int4.calibration import fit
 from saw_int4.evaluation import quantizers as q
 from saw_int4.evaluation.quantizers import LayerSample, Quantizer
@@ -34,18 +35,30 @@ class Method:
     ours: bool = False
 
 
+def keeping(method: Method, text: str, num_layers: int) -> Method:
+    """The same with some layers in BF16: ``text`` as ``saw_int4.layers`` reads it, ``+`` for its commas.
+
+    Raises:
+        ValueError: the text names no layers of this model, or the method quantizes nothing.
+    """
+    kept = set(layers.chosen(text.replace("+", ","), num_layers))
+    if method.build is None or not kept:
+        raise ValueError(f"method {method.name}@{text}: no quantized method with layers in BF16; calibrated-kv@0+5 is.")
+    return replace(
+        method,
+        name=f"{method.name}@{text}",
+        title=f"{method.title}; layers {text} in BF16",
+        bits=lambda d, n: (16 * len(kept) + method.bits(d, n) * (n - len(kept))) / n,
+        build=lambda samples: q.except_layers(method.build(samples), kept),
+    )
+
+
 def methods(head_dim: int) -> dict[str, Method]:
     """Every method that this head_dim allows, from most to fewest bits and from plain to elaborate."""
     full = default_rotation_order(head_dim)
 
-    def row(head_dim: int, layers: int) -> float:
+    def row(head_dim: int, num_layers: int) -> float:
         return KVFormat(head_dim, 1).bits_per_element
-
-    def edges(head_dim: int, layers: int) -> float:
-        return (2 * 16 + (layers - 2) * row(head_dim, layers)) / layers
-
-    def ends(samples: Samples) -> set[int]:
-        return {min(samples), max(samples)}
 
     def transforms(samples: Samples, *steps: Callable) -> q.Transforms:
         found = {}
@@ -94,14 +107,6 @@ def methods(head_dim: int) -> dict[str, Method]:
         Method("aligned-kv", "the same, V rotated", row, both, rows(*steps, rotate_v=True), ours=True),
         Method("calibrated", "calibrated: the best per head", row, rotation, ours(False), ours=True),
         Method("calibrated-kv", "calibrated, V rotated", row, both, ours(True), ours=True),
-        Method(
-            "calibrated-kv-edges",
-            "the same, first and last layer in BF16",
-            edges,
-            both,
-            lambda s: q.except_layers(ours(True)(s), ends(s)),
-            ours=True,
-        ),
         Method(
             "trial-search",
             "calibrated, V rotated; at append the best of four ranges",

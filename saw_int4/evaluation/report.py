@@ -30,10 +30,11 @@ def table(rows: list[dict]) -> str:
 
 def sensitivity_table(rows: list[dict]) -> str:
     """Layers by what they cost, worst first."""
-    lines = [f"{'layer':>5}  {'KL (nats)':>10}  {'ratio':>8}  {'bits in all if kept in BF16':>28}"]
+    lines = [f"{'layer':>5}  {'KL (nats)':>10}  {'of all':>7}  {'bits that BF16 adds':>20}"]
     for row in rows:
-        lines.append(f"{row['layer']:>5}  {row['kl']:>10.5f}  {row['ratio']:>8.4f}  {row['extra_bits_in_bf16']:>28.3f}")
-    return "\n".join(lines)
+        share = row["kl"] / row["kl_of_all"]
+        lines.append(f"{row['layer']:>5}  {row['kl']:>10.5f}  {share:>7.1%}  {row['extra_bits_in_bf16']:>20.3f}")
+    return "\n".join([*lines, f"{'all':>5}  {rows[0]['kl_of_all']:>10.5f}"])
 
 
 def plots(rows: list[dict], layers: list[dict], samples: dict[int, LayerSample], folder: Path, name: str) -> list[Path]:

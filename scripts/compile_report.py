@@ -75,7 +75,7 @@ OPERATORS = {
     # Slots are 4 bytes each, one load per lane and tile. Fragments of K are 4-byte LDS by design.
     "decode": Operator(
         "DecodeParams, DecodePlan",
-        usual=((64, 1), (128, 1), (128, 4), (256, 1)),
+        usual=((64, 1), (128, 1), (128, 2), (128, 4), (256, 1)),
         all=((64, 1), (64, 2), (64, 4), (80, 1), (96, 1), (112, 1), (128, 1), (128, 2), (128, 4), (192, 1), (256, 1),
              (256, 2)),
         needs=(r"HMMA\.16816", r"LDGSTS\S*\.128"),
@@ -105,14 +105,15 @@ SHAPES = """#include <cstdio>
 #include "transform/transform_kernel.cuh"
 using namespace saw_int4;
 static void row(int warps, int shared, int codes) { std::printf("%d %d %d\\n", warps, shared, codes); }
-static void plan(int head_dim, int row_tiles, int per_sm, int per_block) {  // 8 KV heads, groups of 4, 64 requests
+// 8 KV heads, groups of 4, 64 requests
+static void plan(int head_dim, int row_tiles, int per_sm, int per_block, bool sm_90) {
   const auto plan = decode_plan({head_dim, 32, 8, 64, 2 * row_tiles}, {1, per_sm, per_block});
-  row(plan.warps, plan.shared_bytes, 2 * (row_tiles == 4 ? 16 : 32) * head_dim / 32);
+  row(plan.warps, plan.shared_bytes, token_tiles(head_dim, row_tiles, sm_90) * head_dim);
 }
 int main() {
 """
 SHAPE_OF = {
-    "decode": "plan({0}, {1}, {per_sm}, {per_block});",
+    "decode": "plan({0}, {1}, {per_sm}, {per_block}, {sm_90});",
     "append": "row(kAppendThreads / 32, AppendInput<{0}, DType::{1}>::kSharedBytes, {0} / kAppendLanes<{0}>);",
     "gather": "row(kGatherThreads / 32, 0, 2 * {0} / kGatherLanes<{0}>);",
     "transform": "row(kTransformThreads / 32, 0, {0} / kTransformLanes<{0}>);",
@@ -155,7 +156,12 @@ def shapes(jobs: list[tuple[str, str, tuple]]) -> dict[tuple, Shape]:
     """Of every (arch, op, instances) of jobs, by (arch, op, instance)."""
     keys = [(arch, op, instance) for arch, op, instances in jobs for instance in instances]
     calls = [
-        SHAPE_OF[op].format(*instance, per_sm=ARCHS[arch].shared_per_sm, per_block=ARCHS[arch].shared_per_block)
+        SHAPE_OF[op].format(
+            *instance,
+            per_sm=ARCHS[arch].shared_per_sm,
+            per_block=ARCHS[arch].shared_per_block,
+            sm_90="true" if arch == "90a" else "false",
+        )
         for arch, op, instance in keys
     ]
     with tempfile.TemporaryDirectory() as folder:

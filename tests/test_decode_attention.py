@@ -92,6 +92,8 @@ CASES = {
     "sinks": replace(BASE, sink=True, calibrated=True),
     "sinks_empty": replace(BASE, sink=True, seq_lens=(0, 3), q_lens=(1, 1)),
     "rows_4": replace(BASE, q_lens=(4, 4, 4), seq_lens=(40, 4, 90)),
+    "rows_16_of_a_head": replace(BASE, head_dim=128, num_q_heads=8, q_lens=(4, 1, 3), seq_lens=(70, 4, 200)),
+    "rows_32_of_a_head": replace(BASE, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(70, 4, 200)),
     "rows_ragged": replace(BASE, q_lens=(5, 1, 16), rotate_v=True, calibrated=True),
     "rows_none": replace(BASE, q_lens=(0, 1, 3)),
     "rows_16_group_8": replace(BASE, num_q_heads=8, num_kv_heads=1, q_lens=(16, 1, 7)),

@@ -14,6 +14,14 @@ namespace saw_int4::dev {
 
 inline constexpr uint32_t kFullMask = 0xffffffffu;
 
+// Whether this code is for sm_90, where kernels were measured. Register budgets that fit there to the last register
+// make the compiler spill elsewhere.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+inline constexpr bool kMeasuredArch = true;
+#else
+inline constexpr bool kMeasuredArch = false;
+#endif
+
 // Grids and blocks have one dimension.
 SAW_INT4_DEVICE int thread_index() {
   return static_cast<int>(threadIdx.x);

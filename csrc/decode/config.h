@@ -19,6 +19,7 @@ inline constexpr int kTokensPerWarp = 32;  // tokens a warp takes from each tile
 // Batch-invariant launches: few pieces would leave a long context to few blocks, many cost memory and merging.
 inline constexpr int kInvariantPieces = 16;
 inline constexpr int kInvariantHeads = 4;
+inline constexpr int kMergeAtMost = 36;   // measured: README.md
 inline constexpr int kRecordPadding = 4;  // words of a stored row of a piece beside O (merge.cuh)
 inline constexpr int kMaxWarps = 8;
 inline constexpr int kMaxStages = 4;
@@ -31,12 +32,17 @@ constexpr int max_row_tiles(int head_dim) {
 
 // Blocks of 8 warps per SM that the registers allow (128 or 255 per thread).
 constexpr int blocks_by_registers(int head_dim, int row_tiles) {
-  return row_tiles == 1 && head_dim <= 128 ? 2 : 1;
+  return head_dim <= 128 && row_tiles <= 2 ? 2 : 1;
 }
 
-// The query stays in registers where they suffice, else it lies in shared memory.
-constexpr bool query_in_registers(int head_dim, int row_tiles) {
-  return row_tiles == 1 || (row_tiles == 2 && head_dim == 128);
+// Tiles of 16 tokens that a warp takes at a time: two hide more latency, one needs fewer registers.
+constexpr int token_tiles(int head_dim, int row_tiles, bool measured_arch) {
+  return (head_dim == 128 && row_tiles == 2) || (row_tiles == 4 && !measured_arch) ? 1 : 2;
+}
+
+// One row tile stays in registers, more lie in shared memory.
+constexpr bool query_in_registers(int row_tiles) {
+  return row_tiles == 1;
 }
 
 constexpr int query_words_per_lane(int head_dim) {
@@ -62,9 +68,10 @@ struct DecodePlan {
   int row_tiles = 0;         // n-tiles of 8 query rows per pass
   int warps = 0;             // per block
   int blocks = 0;            // of the grid
-  int heads_per_block = 0;   // KV heads; a power of two, divides warps and num_kv_heads
+  int heads_per_block = 0;   // KV heads; a power of two, divides num_kv_heads
   int heads_shift = 0;       // its logarithm
   int head_groups = 0;       // num_kv_heads / heads_per_block
+  int column_shift = 0;      // of the grid (schedule.h)
   int ways = 0;              // warps that share a KV head, each with other tokens
   int tile_tokens = 0;       // ways * kTokensPerWarp, a power of two
   int tile_shift = 0;        // its logarithm
@@ -118,7 +125,7 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   // is filled last, is where a query passes through that is to stay in registers.
   const int merge_bytes = plan.warps * kRowsPerTile * (shape.head_dim + kRecordPadding) * 4;
   const int query = plan.heads_per_block * query_bytes(shape.head_dim, plan.row_tiles);
-  const bool in_registers = query_in_registers(shape.head_dim, plan.row_tiles);
+  const bool in_registers = query_in_registers(plan.row_tiles);
   if (in_registers) plan.stage_bytes = std::max(plan.stage_bytes, query);
   plan.stages_bytes = std::max(plan.stages * plan.stage_bytes, merge_bytes);
   plan.query_offset = in_registers ? (plan.stages - 1) * plan.stage_bytes : plan.stages_bytes;
@@ -137,7 +144,7 @@ inline int64_t merge_pieces(const DecodePlan& plan, const DecodeShape& shape) {
 }
 
 // KV heads in one block: the more, the longer the contiguous runs that are read; the fewer, the less there is to
-// merge when few requests fill the machine. False when no pipeline of two stages fits.
+// merge when few requests fill the machine (kMergeAtMost). False when no pipeline of two stages fits.
 inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLimits& device) {
   const int most_heads = shape.batch_invariant ? kInvariantHeads : plan.warps;
   for (int heads = most_heads; heads >= 1; heads /= 2) {
@@ -157,7 +164,8 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
       plan.blocks = device.sm_count * per_sm;
     }
     if (!fits) return false;
-    if (heads == 1 || shape.batch_invariant || merge_pieces(plan, shape) <= 40 + shape.num_requests) return true;
+    plan.column_shift = column_shift(plan.head_groups, plan.blocks);
+    if (heads == 1 || shape.batch_invariant || merge_pieces(plan, shape) <= kMergeAtMost) return true;
   }
   return false;
 }
@@ -181,7 +189,7 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
 inline int64_t decode_workspace_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim,
                                       bool batch_invariant) {
   const int64_t rows = num_query_rows * num_q_heads;
-  // Rows in flight per SM: 16 warps x 8 rows, or 8 warps x 16 or 32; up to 4 blocks share the rows of one request, and
+  // Rows in flight per SM: 16 warps x 8 or 16 rows, or 8 warps x 32; up to 4 blocks share the rows of one request, and
   // a block has two pieces. Batch-invariant: every piece of every row, whose last pass may be half empty.
   const int64_t rows_per_sm = std::min<int64_t>(kMaxWarps * kRowsPerTile * 4, 4 * rows);
   const int64_t records = batch_invariant ? 2 * kInvariantPieces * rows : 2 * sm_count * rows_per_sm;

@@ -72,8 +72,8 @@ class Cursor {
       if (lane >= delta) end += below;
     }
     const int total = dev::shfl_idx(end, 31);
-    const Stretches stretches = cut(total, dev::block_count());
-    const int unit = stretches.begin(dev::block_index()), before = end - units;
+    const Stretches stretches = cut(total, dev::block_count() >> plan.column_shift);
+    const int unit = stretches.begin(place(plan).number), before = end - units;
     if (unit >= total) {
       if (lane == 0) dev::st_shared<int32_t>(scratch_ + kPieceAt, kNoPiece);
     } else if (unit >= before && unit < end) {
@@ -113,7 +113,10 @@ class Cursor {
 
   static SAW_INT4_DEVICE int units_of(const DecodePlan& plan, int64_t window, const Request& r) {
     return request_units(r.seq_len, r.q_len, window, plan.tile_shift, plan.max_pieces, plan.group, kRowsPerTile * NT,
-                         plan.head_groups);
+                         plan.head_groups >> plan.column_shift);
+  }
+  static SAW_INT4_DEVICE BlockPlace place(const DecodePlan& plan) {
+    return block_place(dev::block_index(), plan.column_shift);
   }
 
   // The piece that begins at `unit` and ends with its run or at `stop`, to shared memory, and where the walk goes on.
@@ -128,14 +131,15 @@ class Cursor {
     const TileRange range = tile_range(r.seq_len, r.q_len, p.window, plan.tile_shift);
     const int passes = row_passes(r.q_len, plan.group, kRowsPerTile * NT);
     const RunUnits units = run_units(range.tiles, plan.max_pieces);
-    const int run = (unit - before) / units.units, head_group = passes == 1 ? run : run / passes;
-    const int first_row = (run - head_group * passes) * kRowsPerTile * NT, left = r.q_len * plan.group - first_row;
+    const BlockPlace here = place(plan);
+    const int run = (unit - before) / units.units, heads = passes == 1 ? run : run / passes;
+    const int first_row = (run - heads * passes) * kRowsPerTile * NT, left = r.q_len * plan.group - first_row;
     const int run_begin = before + run * units.units, run_end = run_begin + units.units;
     int end = stop < run_end ? stop : run_end, pieces = 0, index = 0, first_slot = run_begin, next_slot = run_begin;
     if (plan.max_pieces == 0) {
       const int first_block = stretches.block_of(run_begin);
       pieces = stretches.block_of(run_end - 1) - first_block + 1;
-      index = dev::block_index() - first_block;
+      index = here.number - first_block;
       first_slot = stretches.slot(run_begin, first_block);
       next_slot = 2 * first_block;  // other blocks meet the run at the start of their stretches
     } else {
@@ -149,10 +153,10 @@ class Cursor {
     const uint32_t at = scratch_ + kPieceAt;
     dev::st_shared(at, uint4{u(r.table_row), u(r.seq_len), u(r.q_len), u(r.first_token)});
     dev::st_shared(at + 16, uint4{u(first_row), u(left < kRowsPerTile * NT ? left : kRowsPerTile * NT),
-                                  u(head_group * plan.heads_per_block), u(range.first_tile + begin_tile)});
+                                  u(here.head_group(heads) * plan.heads_per_block), u(range.first_tile + begin_tile)});
     dev::st_shared(at + 32, uint4{u(range.first_tile + (end_tile < range.tiles ? end_tile : range.tiles)), u(pieces),
-                                  u(index), u(first_slot)});
-    dev::st_shared(at + 48, uint2{u(next_slot), u(plan.max_pieces == 0 ? 2 : 1)});
+                                  u(index), u(here.slot(first_slot))});
+    dev::st_shared(at + 48, uint2{u(here.slot(next_slot)), u((plan.max_pieces == 0 ? 2 : 1) << plan.column_shift)});
     dev::st_shared(scratch_, uint4{u(end), u(stop), u(before), u(b)});
     dev::st_shared<int32_t>(scratch_ + 16, stretches.units);
   }

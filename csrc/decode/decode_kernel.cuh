@@ -16,6 +16,11 @@
 
 namespace saw_int4 {
 
+// A row's reference m moves only when a logit exceeds it by this much: weights are below 2^kSlack, and their products
+// with scales in units of v_unit below 2^15.
+inline constexpr float kSlack = 4.f;
+inline constexpr int kWeightBits = 11;
+
 // Running softmax of a warp's query rows: lane 4g + c, rows 8*nt + 2c + u. l and extra are this lane's share (its
 // tokens only). o counts v in units of v_cap * 2^-kWeightBits times (code - 8); extra has what is the same in every
 // channel.
@@ -24,10 +29,13 @@ struct Softmax {
   static constexpr int kWordGroups = (D + 63) / 64;  // of 8 words, one per g
   float m[NT][2], l[NT][2], extra[NT][2];
   float o[NT][4 * kWordGroups][4];
-  float v_cap;   // power of two above every scale of V so far
-  float v_unit;  // 2^kWeightBits / v_cap: brings p * scale into fp16's normal range, whatever the scale
+  float v_cap;  // power of two above every scale of V so far, 0 before the first
+
+  // 2^kWeightBits / v_cap: brings p * scale into fp16's normal range, whatever the scale.
+  SAW_INT4_DEVICE float v_unit() const {
+    return dev::bits_float((static_cast<uint32_t>(254 + kWeightBits) << 23) - dev::float_bits(v_cap));
+  }
 };
-inline constexpr int kWeightBits = 14;
 
 template <int D, int NT>
 SAW_INT4_DEVICE void reset(Softmax<D, NT>& s) {
@@ -44,7 +52,7 @@ SAW_INT4_DEVICE void reset(Softmax<D, NT>& s) {
       for (int e = 0; e < 4; ++e) s.o[nt][i][e] = 0.f;
     }
   }
-  s.v_cap = s.v_unit = 0.f;
+  s.v_cap = 0.f;
 }
 
 // Moves the references (largest logit, largest scale of V) to what the warp has seen. Rare after the first tiles.
@@ -57,7 +65,6 @@ SAW_INT4_DEVICE void rescale(Softmax<D, NT>& s, const float (&largest)[NT][2], f
     const uint32_t exponent = (dev::float_bits(v_scale) >> 23) + 1;
     v_keep = s.v_cap * dev::bits_float((254 - exponent) << 23);
     s.v_cap = dev::bits_float(exponent << 23);
-    s.v_unit = dev::bits_float((254 + kWeightBits - exponent) << 23);
   }
   SAW_INT4_UNROLL
   for (int nt = 0; nt < NT; ++nt) {
@@ -116,9 +123,9 @@ SAW_INT4_DEVICE void weigh(Softmax<D, NT>& s, float (&w)[NT][4], const float (&v
 }
 
 // MT * 16 tokens of one KV head; k_row, v_row: shared addresses of the first token's row, `stride` bytes apart.
-template <int D, int NT, int MT>
+template <int MT, int D, int NT>
 SAW_INT4_DEVICE void attend(Softmax<D, NT>& s, const Query<D, NT>& query, uint32_t k_row, uint32_t v_row, int stride,
-                            int token, bool masked, const Masks& masks, float cap) {
+                            int token, bool masked, const Masks& masks, float logit_cap) {
   constexpr int kRowWords = D / kCodesPerWord;
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
 
@@ -179,9 +186,9 @@ SAW_INT4_DEVICE void attend(Softmax<D, NT>& s, const Query<D, NT>& query, uint32
       v_scale = dev::fmax(v_scale, v_weight[mt][half]);
     }
   }
-  if (cap > 0.f) {
+  if (logit_cap > 0.f) {
     // cap * tanh(x / cap), tanh(y) = 1 - 2 / (e^2y + 1); exact to fp32's last bits of cap, which is all a logit needs.
-    const float inverse = dev::div_rn(2.f * kLog2e, cap);
+    const float cap = logit_cap * kLog2e, inverse = dev::div_rn(2.f * kLog2e, cap);
     SAW_INT4_UNROLL
     for (int mt = 0; mt < MT; ++mt) {
       SAW_INT4_UNROLL
@@ -218,16 +225,17 @@ SAW_INT4_DEVICE void attend(Softmax<D, NT>& s, const Query<D, NT>& query, uint32
       SAW_INT4_UNROLL
       for (int mt = 0; mt < MT; ++mt)
         largest[nt][u] = dev::fmax(largest[nt][u], dev::fmax(w[mt][nt][u], w[mt][nt][u + 2]));
-      moves = moves || largest[nt][u] > s.m[nt][u];
+      moves = moves | (largest[nt][u] > s.m[nt][u] + kSlack);
     }
   }
   if (dev::any(moves)) rescale<D, NT>(s, largest, v_scale);
 
+  const float v_unit = s.v_unit();
   uint32_t p[MT][NT][2];
   SAW_INT4_UNROLL
   for (int mt = 0; mt < MT; ++mt) {
     SAW_INT4_UNROLL
-    for (int half = 0; half < 2; ++half) v_weight[mt][half] *= s.v_unit;
+    for (int half = 0; half < 2; ++half) v_weight[mt][half] *= v_unit;
     if (masked)
       weigh<true, D, NT>(s, w[mt], v_weight[mt], v_extra[mt]);
     else
@@ -267,8 +275,7 @@ template <int D, int NT>
 SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const DecodePlan& plan, const Piece& piece) {
   const uint32_t base = dev::shared_base();
   const int thread = dev::thread_index(), stages = plan.stages, tile_tokens = plan.tile_tokens;
-  const int head = dev::warp_id() / plan.ways, way = dev::warp_id() % plan.ways;
-  const int64_t token_bytes = static_cast<int64_t>(p.num_kv_heads) * row_bytes(D);
+  const int token_bytes = p.num_kv_heads * row_bytes(D);
   const int block_head_bytes = piece.kv_head * row_bytes(D);
   const int inside_chunk = block_head_bytes % plan.chunk_bytes;
   const TileSource source{p.slot_table + piece.table_row * p.table_stride, block_head_bytes - inside_chunk, token_bytes,
@@ -307,7 +314,7 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
     dev::st_shared(masks.rows + thread * 16, row);
   }
   const int unmasked_end = p.tree_mask == nullptr ? first_position + 1 : first_new;
-  const int64_t unmasked_begin = p.window >= 0 ? last_position - p.window : 0;
+  const int unmasked_begin = p.window >= 0 && last_position > p.window ? last_position - static_cast<int>(p.window) : 0;
 
   SAW_INT4_UNROLL
   for (int i = 0; i < kMaxStages; ++i)
@@ -328,12 +335,12 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
     transform_query(p, piece.kv_head, turns, turn, raw, base + plan.query_offset);
   }
   dev::block_sync();
+  const int head = dev::warp_id() / plan.ways, way = dev::warp_id() % plan.ways;
+  const uint32_t my_rows = (way * kTokensPerWarp) * plan.token_stride + inside_chunk + head * row_bytes(D);
   Query<D, NT> query;
   query.shared = base + plan.query_offset + head * query_bytes(D, NT);
   query.load();
-  const float cap = p.logit_cap * kLog2e;
 
-  const uint32_t my_rows = (way * kTokensPerWarp) * plan.token_stride + inside_chunk + head * row_bytes(D);
   int stage = 0;
   for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
     wait_oldest(stages);
@@ -350,10 +357,10 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
     const int token = tile * tile_tokens + way * kTokensPerWarp;
     const bool masked = token + kTokensPerWarp > unmasked_end || token < unmasked_begin;
     const uint32_t k_row = base + stage * plan.stage_bytes + my_rows;
-    constexpr int kMT = NT == 4 ? 1 : 2;
+    constexpr int kMT = token_tiles(D, NT, dev::kMeasuredArch);
     for (int t = 0; t < kTokensPerWarp; t += 16 * kMT)
-      attend<D, NT, kMT>(s, query, k_row + t * plan.token_stride, k_row + plan.stage_bytes / 2 + t * plan.token_stride,
-                         plan.token_stride, token + t, masked, masks, cap);
+      attend<kMT>(s, query, k_row + t * plan.token_stride, k_row + plan.stage_bytes / 2 + t * plan.token_stride,
+                  plan.token_stride, token + t, masked, masks, p.logit_cap);
     if (++stage == stages) stage = 0;
   }
   dev::cp_async_wait<0>();
@@ -481,7 +488,7 @@ SAW_INT4_DEVICE bool arrives_last(const DecodeParams& p, const Piece& piece, uin
 }
 
 template <int D, int NT>
-SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * kMaxWarps, blocks_by_registers(D, NT))
+SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * kMaxWarps, NT == 1 || dev::kMeasuredArch ? blocks_by_registers(D, NT) : 1)
     saw_int4_decode_kernel(const DecodeParams p, const DecodePlan plan) {
   const uint32_t scratch = dev::shared_base() + plan.scratch_offset;
   const Cursor<NT> cursor(scratch);

@@ -14,8 +14,8 @@ namespace saw_int4 {
 // What a block reads while it works on one run of tiles.
 struct TileSource {
   const int32_t* slots;  // of the request's token 0
-  int64_t head_bytes;    // of the block's first KV head inside a token, rounded down to a chunk
-  int64_t token_bytes;   // of a token in the cache
+  int head_bytes;        // of the block's first KV head inside a token, rounded down to a chunk
+  int token_bytes;       // of a token in the cache
   int end_token;         // tokens of the request; the tail of the last tile is filled with zeros
 };
 
@@ -42,7 +42,8 @@ SAW_INT4_DEVICE void copy_chunks(const DecodeParams& p, const DecodePlan& plan, 
     const int chunk = i - token * plan.chunks_per_token;
     const int slot = dev::ld_shared<int32_t>(slots_addr + 4 * token);
     const bool valid = slot >= 0;
-    const int64_t from = (valid ? slot : 0) * source.token_bytes + source.head_bytes + chunk * BYTES;
+    const int64_t from =
+        static_cast<int64_t>(valid ? slot : 0) * source.token_bytes + (source.head_bytes + chunk * BYTES);
     const uint32_t to = stage_addr + token * plan.token_stride + chunk * BYTES;
     dev::cp_async_zfill<BYTES>(to, p.k_cache + from, valid);
     dev::cp_async_zfill<BYTES>(to + v_stage, p.v_cache + from, valid);

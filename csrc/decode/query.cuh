@@ -40,7 +40,7 @@ struct ScoreTerms {
 template <int D, int NT>
 struct Query {
   static constexpr int kWords = query_words_per_lane(D);
-  static constexpr bool kInRegisters = query_in_registers(D, NT);
+  static constexpr bool kInRegisters = query_in_registers(NT);
   static constexpr int kTermsAt = NT * kWords * 512;  // bytes of fragments before the terms, in shared memory
   static_assert(kTermsAt + NT * kRowsPerTile * 16 == query_bytes(D, NT));
 

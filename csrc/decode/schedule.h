@@ -1,9 +1,13 @@
 // How decode divides its work: pure functions of lengths and counts, run by the kernel and by the tests.
 //
 // The work of request b is a sequence of units, one for each (group of KV heads, pass of query rows, tile of tokens),
-// tiles fastest. The units of all requests form one line, cut every ceil(total / blocks) units: each block takes one
-// stretch. Cuts follow from seq_lens alone, so that a captured launch is balanced at every replay. A run of tiles that
-// several blocks share (a "piece" each) is merged by the last of them to finish.
+// tiles fastest. The groups of heads are dealt out to a power of two of columns, the blocks too. The units of all
+// requests in a column form one line, cut every ceil(units / blocks of the column) units: each block takes one stretch.
+// Cuts follow from seq_lens alone, so that a captured launch is balanced at every replay. A run of tiles that several
+// blocks share (a "piece" each) is merged by the last of them to finish.
+//
+// All columns are cut alike: neighbouring blocks read neighbouring heads of the same tokens at the same time, and the
+// memory sectors in which those lie come from HBM once. Columns divide groups and blocks, so they cost no balance.
 //
 // Where a run is cut thus depends on the batch, and with it the rounding of its sums. A batch-invariant launch makes
 // units of several tiles instead, by the length of their own run alone, and every unit a piece.
@@ -50,33 +54,52 @@ SAW_INT4_HD constexpr RunUnits run_units(int tiles, int max_pieces) {
   return {(tiles + tiles_per_unit - 1) / tiles_per_unit, tiles_per_unit};
 }
 
-// Units of a request; 0 when it has no query rows.
+// Units of a request in one column; 0 when it has no query rows.
 SAW_INT4_HD constexpr int request_units(int seq_len, int q_len, int64_t window, int tile_shift, int max_pieces,
-                                        int group, int rows_per_pass, int head_groups) {
+                                        int group, int rows_per_pass, int head_groups_of_column) {
   if (q_len == 0) return 0;
   return run_units(tile_range(seq_len, q_len, window, tile_shift).tiles, max_pieces).units *
-         row_passes(q_len, group, rows_per_pass) * head_groups;
+         row_passes(q_len, group, rows_per_pass) * head_groups_of_column;
 }
 
-// The line of all units, cut into stretches of equal length; the last may be shorter, and blocks past it have none. No
-// other cut gives the busiest block less, and runs of equal length are often cut alike: blocks of neighbouring heads
-// then read the same tokens at the same time.
+// Logarithm of the number of columns: the largest power of two that divides groups of heads and blocks.
+SAW_INT4_HD constexpr int column_shift(int head_groups, int blocks) {
+  int shift = 0;
+  while (((head_groups | blocks) >> shift) % 2 == 0) ++shift;
+  return shift;
+}
+
+// A block's place: block i is number i / columns of column i % columns.
+struct BlockPlace {
+  int column, number, shift;
+
+  // The n-th group of heads of the block's column, among all.
+  SAW_INT4_HD constexpr int head_group(int n) const { return (n << shift) + column; }
+  // The n-th slot of the workspace that belongs to the column, among all.
+  SAW_INT4_HD constexpr int slot(int n) const { return (n << shift) + column; }
+};
+SAW_INT4_HD constexpr BlockPlace block_place(int block, int column_shift) {
+  return {block & ((1 << column_shift) - 1), block >> column_shift, column_shift};
+}
+
+// A column's line of units, cut into stretches of equal length; the last may be shorter, and blocks past it have none.
+// No other cut gives the busiest block less.
 struct Stretches {
   int units;  // of a block
 
-  // First unit of a block, and the block that owns a unit.
-  SAW_INT4_HD constexpr int begin(int block) const { return block * units; }
+  // First unit of a block of the column, and the block that owns a unit.
+  SAW_INT4_HD constexpr int begin(int number) const { return number * units; }
   SAW_INT4_HD constexpr int block_of(int unit) const { return unit / units; }
 
-  // Where a block writes its piece of the run that starts at unit run_begin. A block has at most two pieces that others
-  // share: the one it starts with and the one it ends with.
-  SAW_INT4_HD constexpr int slot(int run_begin, int block) const {
-    return 2 * block + (begin(block) >= run_begin ? 0 : 1);
+  // The slot, of the column's, where a block writes its piece of the run that starts at unit run_begin. A block has at
+  // most two pieces that others share: the one it starts with and the one it ends with.
+  SAW_INT4_HD constexpr int slot(int run_begin, int number) const {
+    return 2 * number + (begin(number) >= run_begin ? 0 : 1);
   }
 };
 
-SAW_INT4_HD constexpr Stretches cut(int total_units, int blocks) {
-  return {(total_units + blocks - 1) / blocks};
+SAW_INT4_HD constexpr Stretches cut(int units_of_column, int blocks_of_column) {
+  return {(units_of_column + blocks_of_column - 1) / blocks_of_column};
 }
 
 }  // namespace saw_int4

@@ -43,6 +43,8 @@ namespace saw_int4::dev {
 using emulator::machine;
 using emulator::Site;
 
+inline constexpr bool kMeasuredArch = true;
+
 inline int thread_index() {
   return machine().current().index;
 }

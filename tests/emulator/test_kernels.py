@@ -29,7 +29,7 @@ def decode(engine, inputs, **schedule):
     return out, lse
 
 
-@pytest.mark.parametrize("sm_count", [1, 3, 16])
+@pytest.mark.parametrize("sm_count", [1, 3, 16, 40])  # 40: a KV head per block, two columns of blocks
 def test_decode_gives_the_same_bits_in_any_block_order(emulated, sm_count):
     inputs = make_decode(CASE)
     expected, expected_lse = decode(emulated, inputs, sm_count=sm_count)
@@ -74,8 +74,9 @@ def append_inputs(head_dim, heads=3, tokens=9, slots=12):
     return x, x.flip(0).contiguous(), *caches
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("head_dim, tokens", [(64, 411), (256, 205), (256, 411)])
-def test_append_of_many_rows_does_several_in_a_row(emulated, head_dim, tokens):
+def test_append_of_many_rows_does_several_in_a_row(emulated, head_dim, tokens, calibrated):
     """More rounds than lanes that close rows, or fewer, and a last block that is not full: on an SM of its own."""
     heads = 3
     k, v = (
@@ -86,6 +87,9 @@ def test_append_of_many_rows_does_several_in_a_row(emulated, head_dim, tokens):
     slots[::7] = -1
     actual, expected = (torch.full((2, tokens, heads, head_dim // 2 + 4), 0xEE, dtype=torch.uint8) for _ in range(2))
     options = dict(rotation_order=head_dim, rotate_v=True)
+    if calibrated:
+        vectors = key_vectors(heads, head_dim)
+        options |= dict(k_mean=vectors["mean"], k_inv_scale=vectors["inv_scale"], k_sign=vectors["sign"])
     emulated.configure(sm_count=1)
     try:
         emulated.append_kv(k, v, *actual, slots, **options)

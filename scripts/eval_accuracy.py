@@ -23,7 +23,7 @@ def main() -> None:
     defaults = {f.name: f.default for f in fields(ladder.Settings)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a Hugging Face checkpoint")
-    parser.add_argument("--variant", choices=sorted(VARIANTS), help="change the model first, see variants.py")
+    parser.add_argument("--variant", help=f"change the model first: {', '.join(VARIANTS)}, or several joined with +")
     parser.add_argument(
         "--methods", help="comma-separated names (default: all); NAME@0+3-5+last:1 keeps these layers in BF16"
     )

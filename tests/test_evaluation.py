@@ -9,9 +9,9 @@ import torch
 
 from saw_int4 import reference
 from saw_int4.calibration import fit
-from saw_int4.calibration.attention_hook import AttentionCall
+from saw_int4.calibration.attention_hook import AttentionCall, load_model
 from saw_int4.calibration.statistics import LayerStatistics
-from saw_int4.evaluation import ladder, measure, quantizers, report, text
+from saw_int4.evaluation import ladder, measure, quantizers, report, text, variants
 from saw_int4.evaluation.methods import keeping, methods
 from saw_int4.evaluation.quantizers import LayerSample
 
@@ -137,6 +137,9 @@ def test_windows():
     assert [(int(w[0]), len(w)) for w in found] == [(0, 30), (35, 30), (70, 30)]
     with pytest.raises(ValueError, match="4 windows of 30 need 120"):
         text.windows(torch.arange(100), 30, 4)
+    opened = text.windows(torch.arange(100), 30, 3, bos=0)
+    assert [(int(w[0]), int(w[1]), len(w)) for w in opened] == [(0, 1, 30), (0, 36, 30), (0, 71, 30)]
+    assert int(text.windows(torch.arange(100), 30, 3, bos=7)[1][0]) == 35  # a text that does not open with it
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +218,24 @@ def test_variant_keeps_the_function_and_bites(settings, tmp_path):
     assert (a - b).abs().max() < 0.1 * a.std()
     k = split.model.model.layers[0].self_attn.k_proj.weight.float().view(2, 32, -1).norm(dim=-1)
     assert (k[:, [5, 21]] > 5 * k.median()).all()
+
+
+@pytest.mark.parametrize(("names", "kv_heads", "same"), [("rope-pair+multi-head", 4, True), ("key-bias", 2, False)])
+def test_a_changed_model_is_a_checkpoint(settings, tmp_path, names, kv_heads, same):
+    model, tokenizer = load_model(settings.model)
+    ids = tokenizer(text.topics(), return_tensors="pt").input_ids[0][:192]
+    before = measure.logits(model, ids, None).float()
+    changed = measure.logits(variants.changed(model, names), ids, None).float()
+    assert ((changed - before).abs().max() < 0.1 * before.std()) == same
+    variants.save(model, tokenizer, tmp_path)
+    saved, _ = load_model(str(tmp_path))
+    assert saved.config.num_key_value_heads == kv_heads
+    assert torch.equal(measure.logits(saved, ids, None).float(), changed)
+
+
+def test_unknown_variant_is_named():
+    with pytest.raises(ValueError, match="variant 'rope' is unknown"):
+        variants.changed(None, "rope")
 
 
 def test_generation_reads_the_cache_through_the_quantizer(settings, tmp_path):

@@ -19,7 +19,7 @@ from saw_int4.evaluation import measure, text
 from saw_int4.evaluation.methods import Method, keeping, methods
 from saw_int4.evaluation.quantizers import LayerSample, Quantizer, only_layer
 from saw_int4.evaluation.samples import collect_samples
-from saw_int4.evaluation.variants import VARIANTS
+from saw_int4.evaluation.variants import changed
 
 CALIBRATION_TEXTS = ("builtin", "docs", "code", "random")
 NEEDLE_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -30,7 +30,7 @@ class Settings:
     """What a cell's numbers depend on beside its method and window.
 
     Attributes:
-        model: folder of a checkpoint; variant: see variants.py, or None.
+        model: folder of a checkpoint; variant: see variants.changed, or None.
         text: path of the evaluation text, or None for the language reference.
         calibration: one of CALIBRATION_TEXTS, or the path of a text; calibration_tokens of it.
         context, windows: tokens per window, and how many.
@@ -60,7 +60,7 @@ class Ladder:
         self.settings = settings
         self.model, self.tokenizer = load_model(settings.model, device)
         if settings.variant is not None:
-            VARIANTS[settings.variant](self.model)
+            changed(self.model, settings.variant)
         config = self.model.config
         self.layers = config.num_hidden_layers
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -76,8 +76,8 @@ class Ladder:
         """Fill in the cells of these methods. ValueError for a name that is not a method of this model."""
         for name in names:
             self.method(name)
-        ids = self.tokens(text.topics() if self.settings.text is None else Path(self.settings.text).read_text())
-        windows = text.windows(ids, self.settings.context, self.settings.windows)
+        content = text.topics() if self.settings.text is None else Path(self.settings.text).read_text()
+        windows = self.windows(content, self.settings.context, self.settings.windows)
         jobs = [(i, name) for i in range(len(windows)) for name in names if f"{name}/{i}" not in self.cells]
         reference, of = None, None
         for i, name in tqdm(jobs, desc=self.store.stem, unit="cell"):
@@ -89,7 +89,7 @@ class Ladder:
         if self.settings.generate:
             self._generate(names, windows)
         if self.settings.needle:
-            self._needle(names, text.windows(ids, self.settings.needle, self.settings.windows))
+            self._needle(names, self.windows(content, self.settings.needle, self.settings.windows))
 
     def method(self, name: str) -> Method:
         """A rung of the ladder, or ``RUNG@LAYERS``: the same with these layers in BF16. ValueError for another name."""
@@ -124,7 +124,7 @@ class Ladder:
         """
         method, quantizer = self.method(name), self.quantizer(name)
         held_out = text.code() if self.settings.calibration == "docs" else text.docstrings()
-        window = text.windows(self.tokens(held_out), self.settings.context, 1)[0]
+        window = self.windows(held_out, self.settings.context, 1)[0]
         jobs = {f"{name}/layers/all": quantizer}
         for layer in range(self.layers):
             jobs[f"{name}/layers/{layer}"] = only_layer(quantizer, layer)
@@ -146,6 +146,9 @@ class Ladder:
 
     def tokens(self, content: str) -> Tensor:
         return self.tokenizer(content, return_tensors="pt").input_ids[0]
+
+    def windows(self, content: str, length: int, count: int) -> list[Tensor]:
+        return text.windows(self.tokens(content), length, count, self.tokenizer.bos_token_id)
 
     def keep(self, key: str, value) -> None:
         """Record a finished cell on disk, whole or not at all."""

@@ -45,12 +45,16 @@ def random_tokens(vocabulary: int, count: int) -> Tensor:
     return torch.randint(0, vocabulary, (count,), generator=torch.Generator().manual_seed(0))
 
 
-def windows(ids: Tensor, length: int, count: int) -> list[Tensor]:
+def windows(ids: Tensor, length: int, count: int, bos: int | None = None) -> list[Tensor]:
     """``count`` windows of ``length`` tokens, spread evenly over the whole text.
+
+    A text that opens with ``bos`` gives windows that do: without it, a model trained with one is not itself.
 
     Raises:
         ValueError: the text is too short for them.
     """
+    if bos is not None and int(ids[0]) == bos:
+        return [torch.cat([ids[:1], window]) for window in windows(ids[1:], length - 1, count)]
     if len(ids) < length * count:
         raise ValueError(
             f"evaluation text: {len(ids)} tokens, {count} windows of {length} need {length * count}. "

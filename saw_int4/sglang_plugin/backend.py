@@ -17,10 +17,11 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from saw_int4 import env, ops
 from saw_int4.sglang_plugin import prefill, verify
-from saw_int4.sglang_plugin.plan import Group, Plan, decode_limit, plan_decode, plan_extend, translate_slots
+from saw_int4.sglang_plugin.plan import Group, Plan, decode_limit, plan_decode, plan_extend
 from saw_int4.sglang_plugin.pool import Int4KVPool, locate, pools_of
 from saw_int4.sglang_plugin.speculation import VerifyBuffers, plan_verify
 from saw_int4.sglang_plugin.transform import KeyTransform
+from saw_int4.sglang_plugin.window_slots import WindowSlots
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,10 @@ class Int4AttentionBackend(AttentionBackend):
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.page_size = model_runner.page_size
         self.plan: Plan | None = None
-        self.has_swa_pool = hasattr(self.kv_pool, "swa_kv_pool")
+        self.window_slots: WindowSlots | None = None
+        if hasattr(self.kv_pool, "swa_kv_pool"):
+            table, window = self.req_to_token_pool.req_to_token, model_runner.sliding_window_size
+            self.window_slots = WindowSlots(self.kv_pool, table, window)
         self._workspaces: list[torch.Tensor] = []  # only the last is in use; captured graphs hold the others' addresses
         self._workspace_rows = self._graph_rows = 0
         self._batch_invariant = env.published().batch_invariant
@@ -82,15 +86,12 @@ class Int4AttentionBackend(AttentionBackend):
             return
         else:
             raise NotImplementedError(f"int4 KV cache: the backend does not serve forward mode {mode.name}.")
-        if self.has_swa_pool:
-            translate_slots(self.plan, forward_batch, self.kv_pool, self.req_to_token_pool.req_to_token)
+        if self.window_slots is not None:
+            self.window_slots.fill(self.plan, forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        if self.has_swa_pool:
-            raise NotImplementedError(
-                "int4 KV cache: CUDA graphs of models with a sliding-window pool are not supported. "
-                "Way out: --disable-cuda-graph, or --disable-hybrid-swa-memory."
-            )
+        if self.window_slots is not None:
+            self.window_slots.reserve(max_bs, max_num_tokens)
         self._graph_rows = max_num_tokens
         self._verify_buffers = VerifyBuffers(max_bs, max_num_tokens, self.kv_pool.device)
 
@@ -260,6 +261,8 @@ class Int4AttentionBackend(AttentionBackend):
             problem = f"has {layer.tp_k_head_num} KV heads, the pool {pool.head_num}"
         elif layer.xai_temperature_len > 0:
             problem = "scales its logits by position"
+        elif is_swa and not 0 <= layer.sliding_window_size <= self.window_slots.window:
+            problem = f"has window {layer.sliding_window_size}, its pool keeps {self.window_slots.window} older tokens"
         elif pool.in_bf16(local) and layer.logit_cap > 0:
             problem = "caps its logits, which SGLang's attention over layers in BF16 does not"
         elif layer.logit_cap > 0 and layer.logit_capping_method != "tanh":

@@ -31,7 +31,8 @@ class ShortRequests:
 
     Attributes:
         table_rows: int64 [B], their rows in the slot table.
-        batch_rows: int64 [B], their places in the batch, which are their rows in the sliding-window table.
+        batch_rows: int64 [B], their places in the batch, which are their lines in the sliding-window table; None: all
+            of the batch, in order.
         rows: indices of their query rows in the batch, or None when they are the whole batch, in order.
         seq_lens: int64 [B], lengths with the new tokens.
         q_indptr: int32 [B + 1], or None: max_q_len rows each.
@@ -40,8 +41,8 @@ class ShortRequests:
     """
 
     table_rows: Tensor
-    batch_rows: Tensor
     seq_lens: Tensor
+    batch_rows: Tensor | None = None
     rows: Tensor | None = None
     q_indptr: Tensor | None = None
     max_q_len: int = 1
@@ -116,7 +117,7 @@ class Plan:
         table_rows: int64 [B], the requests' rows in the slot table.
         num_rows: query rows that belong to a request; rows after them are padding.
         swa_loc: slots of the new tokens in the sliding-window pool, where there is one.
-        swa_table: int32 [B, longest], slots of each request's tokens there.
+        swa_table: int32, a line for each request of the batch, slots of its tokens there.
     """
 
     short: ShortRequests | None
@@ -146,8 +147,7 @@ class Plan:
 def plan_decode(forward_batch) -> Plan:
     """One new token for every request. Captured graphs keep reading these tensors: the runner's own."""
     rows = forward_batch.req_pool_indices
-    batch_rows = torch.arange(len(rows), device=rows.device)
-    return Plan(ShortRequests(rows, batch_rows, forward_batch.seq_lens), num_rows=len(rows))
+    return Plan(ShortRequests(rows, forward_batch.seq_lens), num_rows=len(rows))
 
 
 def plan_extend(forward_batch, limit: int, fresh: bool) -> Plan:
@@ -166,11 +166,11 @@ def plan_extend(forward_batch, limit: int, fresh: bool) -> Plan:
         (short if new <= limit and (prefix or not fresh) else long).append(span)
     plan = Plan(None, [span for span in long if span.num_rows], table_rows, start)
     if short:
-        places = _upload([s.place for s in short], table_rows.device)
+        places = upload([s.place for s in short], table_rows.device)
         plan.short = ShortRequests(
             table_rows=table_rows[places],
             batch_rows=places,
-            seq_lens=_upload([s.high for s in short], table_rows.device),
+            seq_lens=upload([s.high for s in short], table_rows.device),
             rows=_rows(short, table_rows.device) if long else None,
             q_indptr=_indptr([s.num_rows for s in short], table_rows.device),
             max_q_len=max(s.num_rows for s in short),
@@ -242,9 +242,9 @@ def _group(spans: list[Span], pieces: list[list[Span]], table: Tensor, table_row
 
 def _keys(piece: list[Span], spans: list[Span], table: Tensor, table_rows: Tensor | None, fresh: bool) -> Keys:
     lens, device = [s.num_keys for s in piece], table.device
-    lines = _upload([s.place for s in piece], device)
+    lines = upload([s.place for s in piece], device)
     lines = lines if table_rows is None else table_rows[lines]
-    lines = lines.repeat_interleave(_upload(lens, device), output_size=sum(lens))
+    lines = lines.repeat_interleave(upload(lens, device), output_size=sum(lens))
     slots = table[lines, _ranges([s.low for s in piece], lens, device)]
     causal = piece[-1].high == spans[-1].high
     own = None
@@ -262,24 +262,14 @@ def _ranges(starts: list[int], lens: list[int], device) -> Tensor:
     """The numbers start .. start + len - 1 of each, one range after the other, int64."""
     shifts = [start - end + n for start, end, n in zip(starts, accumulate(lens), lens)]
     total = sum(lens)
-    shifts = _upload(shifts, device).repeat_interleave(_upload(lens, device), output_size=total)
+    shifts = upload(shifts, device).repeat_interleave(upload(lens, device), output_size=total)
     return torch.arange(total, device=device) + shifts
 
 
 def _indptr(lens: list[int], device) -> Tensor:
-    return _upload([0, *accumulate(lens)], device).to(torch.int32)
+    return upload([0, *accumulate(lens)], device).to(torch.int32)
 
 
-def _upload(numbers: list[int], device) -> Tensor:
+def upload(numbers: list[int], device) -> Tensor:
+    """int64, without waiting for the device."""
     return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
-
-
-def translate_slots(plan: Plan, forward_batch, kv_pool, req_to_token: Tensor) -> None:
-    """Add the slots of a sliding-window pool to a plan.
-
-    Tokens that left the window lost theirs; whatever the mapping says of them, no row of this pass looks there.
-    """
-    longest = int(forward_batch.seq_lens.max())
-    slots = req_to_token[forward_batch.req_pool_indices, :longest].to(torch.int64)
-    plan.swa_loc = kv_pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc)
-    plan.swa_table = kv_pool.translate_loc_from_full_to_swa(slots).clamp_(min=0).to(torch.int32)

@@ -43,9 +43,8 @@ def plan_verify(forward_batch, buffers: VerifyBuffers | None = None) -> Plan:
     seq_lens = forward_batch.seq_lens.to(torch.int64)
     mask = tree_bits(forward_batch.spec_info.custom_mask, seq_lens, drafts)
     seq_lens = seq_lens + drafts
-    if buffers is not None:
+    if buffers is not None and len(rows) <= len(buffers.seq_lens):  # larger batches run without a graph
         seq_lens = buffers.seq_lens[: len(seq_lens)].copy_(seq_lens)
         mask = buffers.tree_mask[: len(mask)].copy_(mask)
-    batch_rows = torch.arange(len(rows), device=rows.device)
-    short = ShortRequests(rows, batch_rows, seq_lens, max_q_len=drafts, tree_mask=mask)
+    short = ShortRequests(rows, seq_lens, max_q_len=drafts, tree_mask=mask)
     return Plan(short, num_rows=len(rows) * drafts)

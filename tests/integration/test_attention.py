@@ -16,6 +16,7 @@ from saw_int4.sglang_plugin.backend import Int4AttentionBackend
 from saw_int4.sglang_plugin.plan import Span, arrange
 from saw_int4.sglang_plugin.pool import Int4KVPool, name_layers
 from saw_int4.sglang_plugin.transform import KeyTransform
+from saw_int4.sglang_plugin.window_slots import WindowSlots
 
 pytestmark = pytest.mark.both_versions
 
@@ -277,46 +278,95 @@ def test_unknown_arguments_are_refused(monkeypatch):
         backend.forward_extend(torch.zeros(4, H_Q * D), None, None, make_layer(), batch, k_rope=torch.zeros(1))
 
 
-def test_sliding_window_pool_agrees_with_a_plain_one(monkeypatch):
-    """The same requests over one pool, and over SGLang's two-part pool, whose window slots lie elsewhere."""
+WINDOW = 20
+
+
+def over_two_parts(backend: Int4AttentionBackend) -> None:
+    """Replace the pool by SGLang's two-part one, whose window slots lie elsewhere."""
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+    device = backend.kv_pool.device
+    backend.kv_pool = SWAKVPool(
+        size=SLOTS,
+        size_swa=SLOTS,
+        page_size=PAGE,
+        dtype=torch.uint4,
+        head_num=H_KV,
+        head_dim=D,
+        swa_attention_layer_ids=[0],
+        full_attention_layer_ids=[1],
+        device=device,
+        token_to_kv_pool_class=Int4KVPool,
+    )
+    name_layers(backend.kv_pool)
+    mapping = torch.randperm(SLOTS // PAGE).repeat_interleave(PAGE) * PAGE + torch.arange(SLOTS) % PAGE
+    backend.kv_pool.register_mapping(mapping.to(device))
+    backend.window_slots = WindowSlots(backend.kv_pool, backend.req_to_token_pool.req_to_token, WINDOW)
+
+
+def attend(backend, layer, batch, q, k, v):
+    backend.init_forward_metadata(batch)
+    run = backend.forward_decode if batch.forward_mode.is_decode() else backend.forward_extend
+    return run(q, k, v, layer, batch)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sliding_window_pool_agrees_with_a_plain_one(monkeypatch, device):
+    """The same requests over one pool, and over SGLang's two-part pool."""
     torch.manual_seed(4)
     prefixes, news = [0, 70, 100, 5], [60, 130, 9, 1]
-    layer = make_layer(sliding_window_size=20)
-    first, then = (torch.randn(2, n, H_KV * D) for n in (sum(prefixes), sum(news)))
-    q = torch.randn(sum(news), H_Q * D)
+    layer = make_layer(sliding_window_size=WINDOW)
+    first, then = (torch.randn(2, n, H_KV, D).bfloat16().to(device) for n in (sum(prefixes), sum(news)))
+    q = torch.randn(sum(news), H_Q * D).bfloat16().to(device)
     results = []
     for two_parts in (False, True):
         torch.manual_seed(8)
-        backend = make_backend(monkeypatch, "kv", False)
+        backend = make_backend(monkeypatch, "kv", False, device)
         if two_parts:
-            backend.kv_pool = SWAKVPool(
-                size=SLOTS,
-                size_swa=SLOTS,
-                page_size=PAGE,
-                dtype=torch.uint4,
-                head_num=H_KV,
-                head_dim=D,
-                swa_attention_layer_ids=[0],
-                full_attention_layer_ids=[1],
-                device="cpu",
-                token_to_kv_pool_class=Int4KVPool,
-            )
-            name_layers(backend.kv_pool)
-            backend.kv_pool.register_mapping(
-                torch.randperm(SLOTS // PAGE).repeat_interleave(PAGE) * PAGE + torch.arange(SLOTS) % PAGE
-            )
-            backend.has_swa_pool = True
-        outputs = []
+            over_two_parts(backend)
         rounds = [([0] * 4, prefixes, first, False), (prefixes, news, then, False)]
         rounds.append(([p + n for p, n in zip(prefixes, news)], [1] * 4, then[:, :4] * 2, True))
-        for before, new, kv, decode in rounds:
-            batch = make_batch(backend, before, new, decode)
-            backend.init_forward_metadata(batch)
-            run = backend.forward_decode if decode else backend.forward_extend
-            k, v = (x.view(-1, H_KV, D) for x in kv)
-            outputs.append(run(q[: sum(new)].repeat(2, 1)[: sum(new)], k, v, layer, batch))
-        results.append(outputs)
+        batches = [(make_batch(backend, before, new, decode), kv) for before, new, kv, decode in rounds]
+        results.append([attend(backend, layer, b, q.repeat(2, 1)[: kv.shape[1]], *kv) for b, kv in batches])
     for plain, parted in zip(*results):
         assert torch.equal(plain, parted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_captured_graph_sees_the_next_window(monkeypatch, device):
+    """What a decode step reads lies where it lay at the capture; on a GPU the graph itself is replayed."""
+    torch.manual_seed(5)
+    layer, prefixes = make_layer(sliding_window_size=WINDOW), [9, 130, 44, 20]
+    prompts, new = (torch.randn(2, n, H_KV, D).bfloat16().to(device) for n in (sum(prefixes), 4))
+    q = torch.randn(sum(prefixes), H_Q * D).bfloat16().to(device)
+    backend = make_backend(monkeypatch, "kv", False, device)
+    over_two_parts(backend)
+    backend.init_cuda_graph_state(max_bs=4, max_num_tokens=4)
+    attend(backend, layer, make_batch(backend, [0] * 4, prefixes), q, *prompts)
+
+    step = make_batch(backend, prefixes, [1] * 4, decode=True)
+    captured = make_batch(backend, [0] * 4, [1] * 4, decode=True)
+    captured.seq_lens.fill_(backend.get_cuda_graph_seq_len_fill_value())
+    captured.out_cache_loc.zero_()
+    backend.init_forward_metadata_out_graph(captured, in_capture=True)
+    replay = lambda: backend.forward_decode(q[:4], *new, layer, captured)  # noqa: E731
+    if device == "cuda":
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            replay()  # SGLang's warm-up pass
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = replay()
+
+    for name in ("seq_lens", "out_cache_loc"):  # the runner's buffers
+        getattr(captured, name).copy_(getattr(step, name))
+    kept = backend.plan
+    backend.init_forward_metadata_out_graph(captured)
+    if device == "cuda":
+        graph.replay()
+    else:
+        backend.plan = kept  # its tensors are all that a graph knows
+        out = replay()
+    backend.window_slots = WindowSlots(backend.kv_pool, backend.req_to_token_pool.req_to_token, WINDOW)
+    assert torch.equal(out, attend(backend, layer, step, q[:4], *new))

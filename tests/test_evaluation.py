@@ -127,7 +127,7 @@ def test_interval_covers_the_truth():
     g = torch.Generator().manual_seed(0)
     missed = 0
     for _ in range(200):
-        mean, margin = measure._interval((torch.randn(40, generator=g) + 1).tolist())
+        mean, margin = measure.interval((torch.randn(40, generator=g) + 1).tolist())
         missed += abs(mean - 1) > margin
     assert 3 <= missed <= 22
 

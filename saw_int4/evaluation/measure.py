@@ -79,8 +79,8 @@ def summarize(windows: list[Window]) -> dict:
         for name in ("tokens", "nll", "reference_nll", "kl", "agree")
     )
     total = sum(tokens)
-    difference, margin = _interval([(a - b) / n for a, b, n in zip(nll, reference, tokens)])
-    divergence, kl_margin = _interval([a / n for a, n in zip(kl, tokens)])
+    difference, margin = interval([(a - b) / n for a, b, n in zip(nll, reference, tokens)])
+    divergence, kl_margin = interval([a / n for a, n in zip(kl, tokens)])
     difference = (sum(nll) - sum(reference)) / total
     return {
         "tokens": total,
@@ -95,7 +95,7 @@ def summarize(windows: list[Window]) -> dict:
     }
 
 
-def _interval(blocks: list[float]) -> tuple[float, float]:
+def interval(blocks: list[float]) -> tuple[float, float]:
     """Mean and half the width of its 95 % interval."""
     return mean(blocks), 1.96 * stdev(blocks) / math.sqrt(len(blocks)) if len(blocks) > 1 else math.nan
 

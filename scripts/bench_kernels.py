@@ -188,14 +188,21 @@ class Bench:
         ops.append_kv(k, v, *caches, every, rotation_order=order)
         out = torch.empty_like(q)
 
-        def int4(rotation_order: int, batch_invariant: bool = False):
+        def int4(rotation_order: int, batch_invariant: bool = False, **transform):
             workspace = ops.decode_workspace(self.device, *q.shape, batch_invariant=batch_invariant)
             return lambda: ops.decode_attention(
                 q, *caches, table, rows, lens, sm_scale=scale, max_q_len=q_rows, page_size=self.args.page_size,
                 rotation_order=rotation_order, batch_invariant=batch_invariant, out=out, workspace=workspace,
+                **transform,
             )  # fmt: skip
 
-        calls = {"int4": int4(order), "int4 unrotated": int4(1)}
+        vectors = torch.ones(3, heads, head_dim, device=self.device)
+        calibrated = dict(zip(("k_mean", "k_scale", "k_sign"), vectors), rotate_v=True)
+        calls = {
+            "int4": int4(order),
+            "int4 unrotated": int4(1),
+            "int4 calibrated, V rotated": int4(order, **calibrated),
+        }
         if self.device.type == "cuda":
             calls["int4 batch-invariant"] = int4(order, batch_invariant=True)
         if q_rows == 1:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,7 +276,11 @@ def test_command(checkpoint, tmp_path, capsys):
     out = tmp_path / "a.safetensors"
     cli.main(["calibrate", "--model", str(checkpoint), "--text", str(tmp_path / "text"), "--out", str(out)])
     assert artifact.load(out).manifest["text"]["builtin"] is False
-    assert f"--saw-calibration {out}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"--saw-calibration {out}" in said and "adds 3.67 bits" in said  # (16 - 5) / 3 layers
+    layer, head = re.search(r"worst heads \(layer\.head\): (\d+)\.(\d+)", said).groups()
+    divergences = [layer["kl"] for layer in artifact.load(out).manifest["statistics"]]
+    assert divergences[int(layer)][int(head)] == max(max(kl) for kl in divergences)
     (tmp_path / "text").write_text("short")
     with pytest.raises(SystemExit):
         cli.main(["calibrate", "--model", str(checkpoint), "--text", str(tmp_path / "text"), "--out", str(out)])

@@ -15,7 +15,7 @@ from saw_int4.calibration.attention_hook import AttentionCall, load_model
 from saw_int4.calibration.fingerprint import model_fingerprint
 from saw_int4.calibration.statistics import LayerStatistics
 from saw_int4.calibration.text import BUILTIN
-from saw_int4.format import KVFormat, default_rotation_order
+from saw_int4.format import KVFormat, default_rotation_order, row_bytes
 
 TOKENS = 4096
 
@@ -89,11 +89,14 @@ def gain(layers: dict[int, fit.LayerFit]) -> float:
 
 
 def describe(calibration: Calibration) -> str:
-    """A few lines for people: the gain, and the layers where quantization still hurts most."""
+    """A few lines for people: the gain, where quantization still hurts most, and what BF16 costs there."""
     manifest = calibration.manifest
     layers = manifest["statistics"]
     heads = [choice for layer in layers for choice in layer["choice"]]
-    worst = sorted(layers, key=lambda layer: -sum(layer["kl"]))[:5]
+    by_layer = {str(layer["layer"]): sum(layer["kl"]) / len(layer["kl"]) for layer in layers}
+    by_head = {f"{layer['layer']}.{h}": kl for layer in layers for h, kl in enumerate(layer["kl"])}
+    head_dim = manifest["head_dim"]
+    extra = (16 - 8 * row_bytes(head_dim) / head_dim) / len(layers)
     rotated, plain = (sum(layer[key] for layer in layers) / len(layers) for key in ("v_error_rotated", "v_error"))
     return "\n".join(
         [
@@ -104,10 +107,15 @@ def describe(calibration: Calibration) -> str:
             "with the rotation alone",
             f"  V: relative output error {plain:.4f} plain, {rotated:.4f} rotated: V is "
             f"{'rotated' if manifest['rotate_v'] else 'left as it is'} (--saw-rotation auto)",
-            "  worst layers (nats): "
-            + ", ".join(f"{layer['layer']}: {sum(layer['kl']) / len(layer['kl']):.4f}" for layer in worst),
+            f"  worst layers (nats per head): {_worst(by_layer)}",
+            f"  worst heads (layer.head): {_worst(by_head)}",
+            f"  a layer kept in BF16 (--saw-bf16-layers) adds {extra:.2f} bits per cached element",
         ]
     )
+
+
+def _worst(divergence: dict[str, float]) -> str:
+    return ", ".join(f"{name}: {divergence[name]:.4f}" for name in sorted(divergence, key=lambda x: -divergence[x])[:5])
 
 
 def version(package: str) -> str | None:

@@ -25,13 +25,13 @@ class Timing:
 class _CpuClock:
     """Wall time, or, for one thread, the processor time that it was really given.
 
-    Every call finds other data in L2, as it does between two layers of a model: else whoever follows a small
+    Every call finds other data in the caches, as it does between two layers of a model: else whoever follows a small
     candidate would be timed warm, and whoever follows a large one cold.
     """
 
     def __init__(self, processor_time: bool) -> None:
         self._now = time.process_time if processor_time else time.perf_counter
-        self._flush = torch.empty(2**24, dtype=torch.uint8)
+        self._flush = torch.empty(2**26, dtype=torch.uint8)
 
     def measure(self, call: Callable[[], object]) -> float:
         self._flush.zero_()

@@ -5,10 +5,10 @@ import inspect
 import random
 
 MODULES = (
-    "bisect calendar collections contextlib csv datetime decimal difflib email.utils fractions functools glob gzip heapq "
-    "html inspect ipaddress itertools json locale logging math operator os os.path pathlib pickle platform pprint "
-    "random re secrets shlex shutil socket statistics string struct subprocess tarfile tempfile textwrap threading time "
-    "traceback unicodedata urllib.parse urllib.request uuid warnings zipfile"
+    "bisect calendar collections contextlib csv datetime decimal difflib email.utils fractions functools glob gzip "
+    "heapq html inspect ipaddress itertools json locale logging math operator os os.path pathlib pickle platform "
+    "pprint random re secrets shlex shutil socket statistics string struct subprocess tarfile tempfile textwrap "
+    "threading time traceback unicodedata urllib.parse urllib.request uuid warnings zipfile"
 )
 CHOICES = 4
 

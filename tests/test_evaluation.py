@@ -161,7 +161,8 @@ def test_ladder_fills_resumes_and_reports(settings, tmp_path, monkeypatch):
     assert len(calls) == 2  # the new method's windows alone
     rows = again.results()
     assert [row["method"] for row in rows] == names
-    assert rows[0]["ratio"] == 1 and rows[0]["kl"] == 0 and rows[0]["greedy_until_parting"] == 4
+    assert rows[0]["ratio"] == 1 and rows[0]["kl"] == 0
+    assert rows[0]["greedy_until_parting"] == 4 and rows[0]["greedy_margin"] == 0
     assert 0 < rows[2]["kl"] < rows[1]["kl"]
     table = report.table(rows)
     assert all(name in table for name in names) and "needle" in table

@@ -13,8 +13,15 @@ MODULES = (
 CHOICES = 4
 
 
-def dataset(**kwargs) -> dict[str, list[dict]]:
-    """Split -> questions; the same in every run of one Python version. lm-eval calls it."""
+def dataset(**kwargs) -> dict:
+    """Split -> ``datasets.Dataset`` of the questions, as lm-eval wants it."""
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list(questions())}
+
+
+def questions() -> list[dict]:
+    """One for each function that a sentence describes; the same in every run of one Python version."""
     described = {}
     for module in MODULES.split():
         for name, member in vars(importlib.import_module(module)).items():
@@ -24,9 +31,9 @@ def dataset(**kwargs) -> dict[str, list[dict]]:
                 described[name] = " ".join(words)
     draw = random.Random(0)
     names = sorted(described)
-    questions = []
+    found = []
     for name in names:
         choices = draw.sample([other for other in names if other != name], CHOICES - 1)
         choices.insert(draw.randrange(CHOICES), name)
-        questions.append({"description": described[name], "choices": choices, "answer": choices.index(name)})
-    return {"test": questions}
+        found.append({"description": described[name], "choices": choices, "answer": choices.index(name)})
+    return found

@@ -210,9 +210,11 @@ class Ladder:
         ]
         if not pairs:
             return {}
+        length, margin = measure.interval([measure.common_prefix(*pair) for pair in pairs])
         return {
             "greedy_tokens": self.settings.generate,
-            "greedy_until_parting": sum(measure.common_prefix(*pair) for pair in pairs) / len(pairs),
+            "greedy_until_parting": length,
+            "greedy_margin": margin,
         }
 
     def _found(self, name: str) -> dict:

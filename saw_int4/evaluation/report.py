@@ -12,7 +12,7 @@ def table(rows: list[dict]) -> str:
     """Fixed-width table of ``Ladder.results``."""
     head = f"{'method':<22}{'bits':>6}  {'ppl':>9}  {'ratio to BF16 (95 %)':<24}{'KL (nats)':<20}{'top-1':>7}"
     greedy, needle = (any(key in row for row in rows) for key in ("greedy_tokens", "needle_exact"))
-    head += f"{'greedy':>9}" * greedy + f"{'needle':>16}" * needle + "  decode cost"
+    head += f"{'greedy':>16}" * greedy + f"{'needle':>16}" * needle + "  decode cost"
     lines = [head]
     for row in rows:
         ratio = f"{row['ratio']:.4f} ({row['ratio_low']:.4f}-{row['ratio_high']:.4f})"
@@ -20,7 +20,8 @@ def table(rows: list[dict]) -> str:
         kl = f"{row['kl']:.5f} +- {row['kl_margin']:.5f}"
         line += f"{kl:<20}{row['top1_agreement']:>7.4f}"
         if greedy:
-            line += f"{row.get('greedy_until_parting', float('nan')):>9.1f}"
+            length, margin = (row.get(key, float("nan")) for key in ("greedy_until_parting", "greedy_margin"))
+            line += f"{f'{length:.1f} +- {margin:.1f}':>16}"
         if needle:
             found = f"{row.get('needle_exact', float('nan')):.2f} ({row.get('needle_logprob', float('nan')):.2f})"
             line += f"{found:>16}"

@@ -62,14 +62,17 @@ inline void check_rows(const at::Tensor& t, const char* op, const char* name) {
               " for shape ", t.sizes(), ", expected the last two dimensions contiguous; call .contiguous()");
 }
 
-inline void check_cache(const at::Tensor& t, int64_t head_dim, const at::Tensor& like, const char* op,
-                        const char* name) {
+// Returns the groups of its rows.
+inline int check_cache(const at::Tensor& t, int64_t head_dim, const at::Tensor& like, const char* op,
+                       const char* name) {
   check_device(t, like, op, name);
   check_dtype(t, at::kByte, op, name);
-  TORCH_CHECK(t.dim() == 3 && t.size(2) == row_bytes(head_dim), op, ": ", name, " has shape ", t.sizes(),
-              ", expected [num_slots, H_kv, row_bytes] with rows of ", row_bytes(head_dim), " bytes for head_dim ",
-              head_dim, "; was the cache made for another head_dim?");
+  const int groups = t.dim() == 3 ? groups_of_row(t.size(2), static_cast<int>(head_dim)) : 0;
+  TORCH_CHECK(groups > 0, op, ": ", name, " has shape ", t.sizes(),
+              ", expected [num_slots, H_kv, row_bytes] with rows of ", row_bytes(head_dim, 1), " bytes (one group) or ",
+              row_bytes(head_dim, 2), " (two) for head_dim ", head_dim, "; was the cache made for another head_dim?");
   check_contiguous(t, op, name);
+  return groups;
 }
 
 inline void check_rotation_order(int64_t order, int64_t head_dim, const char* op) {
@@ -101,9 +104,9 @@ inline AppendParams append_params(const at::Tensor& k, const at::Tensor& v, cons
   check_dtype(v, k.scalar_type(), op, "v");
   check_shape(v, k.sizes(), op, "v", "the shape of k");
   const int64_t heads = k.size(1), head_dim = k.size(2);
-  check_cache(k_cache, head_dim, k, op, "k_cache");
+  const int groups = check_cache(k_cache, head_dim, k, op, "k_cache");
   check_cache(v_cache, head_dim, k, op, "v_cache");
-  check_shape(k_cache, {k_cache.size(0), heads, row_bytes(head_dim)}, op, "k_cache", "[num_slots, H_kv, row_bytes]");
+  check_shape(k_cache, {k_cache.size(0), heads, k_cache.size(2)}, op, "k_cache", "[num_slots, H_kv, row_bytes]");
   check_shape(v_cache, k_cache.sizes(), op, "v_cache", "the shape of k_cache");
   check_device(slots, k, op, "slots");
   check_dtype(slots, at::kLong, op, "slots");
@@ -125,6 +128,7 @@ inline AppendParams append_params(const at::Tensor& k, const at::Tensor& v, cons
   p.num_tokens = k.size(0);
   p.num_kv_heads = static_cast<int>(heads);
   p.head_dim = static_cast<int>(head_dim);
+  p.groups = groups;
   p.transform.rotation_order = static_cast<int>(rotation_order);
   p.transform.rotate_v = rotate_v;
   p.transform.k_mean = vector_or_null(k_mean, heads, head_dim, k, op, "k_mean");
@@ -145,7 +149,7 @@ inline DecodeParams decode_params(const at::Tensor& q, const at::Tensor& k_cache
   check_rows(q, op, "q");
   const DType dtype = dtype_of(q, op, "q");
   const int64_t rows = q.size(0), q_heads = q.size(1), head_dim = q.size(2);
-  check_cache(k_cache, head_dim, q, op, "k_cache");
+  const int groups = check_cache(k_cache, head_dim, q, op, "k_cache");
   check_cache(v_cache, head_dim, q, op, "v_cache");
   check_shape(v_cache, k_cache.sizes(), op, "v_cache", "the shape of k_cache");
   const int64_t kv_heads = k_cache.size(1);
@@ -235,6 +239,7 @@ inline DecodeParams decode_params(const at::Tensor& q, const at::Tensor& k_cache
   p.num_q_heads = static_cast<int>(q_heads);
   p.num_kv_heads = static_cast<int>(kv_heads);
   p.head_dim = static_cast<int>(head_dim);
+  p.groups = groups;
   p.transform.rotation_order = static_cast<int>(rotation_order);
   p.transform.rotate_v = rotate_v;
   p.transform.k_mean = vector_or_null(k_mean, kv_heads, head_dim, q, op, "k_mean");
@@ -262,9 +267,9 @@ inline GatherParams gather_params(const at::Tensor& k_cache, const at::Tensor& v
   check_shape(v_out, k_out.sizes(), op, "v_out", "the shape of k_out");
   check_contiguous(v_out, op, "v_out");
   const int64_t heads = k_out.size(1), head_dim = k_out.size(2);
-  check_cache(k_cache, head_dim, k_out, op, "k_cache");
+  const int groups = check_cache(k_cache, head_dim, k_out, op, "k_cache");
   check_cache(v_cache, head_dim, k_out, op, "v_cache");
-  check_shape(k_cache, {k_cache.size(0), heads, row_bytes(head_dim)}, op, "k_cache", "[num_slots, H_kv, row_bytes]");
+  check_shape(k_cache, {k_cache.size(0), heads, k_cache.size(2)}, op, "k_cache", "[num_slots, H_kv, row_bytes]");
   check_shape(v_cache, k_cache.sizes(), op, "v_cache", "the shape of k_cache");
   check_device(slots, k_out, op, "slots");
   check_dtype(slots, at::kInt, op, "slots");
@@ -281,6 +286,7 @@ inline GatherParams gather_params(const at::Tensor& k_cache, const at::Tensor& v
   p.dtype = dtype;
   p.num_kv_heads = static_cast<int>(heads);
   p.head_dim = static_cast<int>(head_dim);
+  p.groups = groups;
   return p;
 }
 

@@ -4,6 +4,11 @@
 //
 //     [ codes: head_dim/2 bytes ][ scale: fp16 ][ offset: fp16 ]        x ~ scale * code + offset
 //
+// or, where the user buys accuracy with 4 more bytes, two pairs of parameters: those of group 0, the first four
+// channels of every word, then those of group 1, the last four. After a rotation any half of the channels is as good as
+// another; this one makes each k-step of the tensor cores see one group only. With one group rows are 4 mod 8 bytes
+// long, with two 0 mod 8: a cache's shape says which it holds.
+//
 // Codes lie in little-endian 32-bit words of 8 channels. Channel c = 8*w + 2*i + e (i in 0..3, e in 0..1)
 // is the nibble of word w at bit 16*e + 4*i: one shift and one mask, (word >> 4*i) & 0x000f000f, yields the
 // channels 2i and 2i+1 of the word as a pair of 16-bit lanes, which is what a tensor-core fragment, a bf16x2
@@ -15,17 +20,18 @@
 //                  (lo, hi) <- (lo + hi, lo - hi)       for every pair of channels `stride` apart
 //              then t * float(order ** -0.5)            when rotated
 //     t      = t * sign                                 when the row is calibrated (sign is +1 or -1 per channel)
+// and then for each group of channels by itself, n = D / groups of them:
 //     scale0 = fp16((max t - min t) / 15),  offset0 = fp16(min t)
 //     u      = (t - offset0) * (1 / scale0)
 //     code   = clamp(round_half_even(u), 0, 15)
 // then scale and offset are fitted to the codes by least squares. In integers, so that no order of summation matters:
 //     f      = round_half_even(clamp(u, -1, 16) * 4096);   S1 = sum code, S2 = sum code^2, F = sum f, X = sum code * f
-//     a      = (float(D * X - S1 * F) / float(D * S2 - S1 * S1)) / 4096
-//     b      = (float(F) / 4096 - a * float(S1)) / float(D)
+//     a      = (float(n * X - S1 * F) / float(n * S2 - S1 * S1)) / 4096
+//     b      = (float(F) / 4096 - a * float(S1)) / float(n)
 //     scale  = fp16(scale0 * a),  offset = fp16(offset0 + scale0 * b), a zero of either sign stored as +0
-// Where scale0 is 0 (a constant row) codes are 0, scale is 0 and offset is offset0; where D * S2 == S1 * S1, scale0 and
-// offset0 are kept. A row whose t, scale or offset (either one) is not finite stores NaN scale, NaN offset and codes 0:
-// the damage is seen, and stays in that row.
+// Where scale0 is 0 (a constant group) codes are 0, scale is 0 and offset is offset0; where n * S2 == S1 * S1, scale0
+// and offset0 are kept. A row whose t, or whose scale or offset (any of them), is not finite stores NaN for all
+// parameters and codes 0: the damage is seen, and stays in that row.
 #pragma once
 
 #include <cstdint>
@@ -42,23 +48,31 @@ inline constexpr int kFormatVersion = 1;
 inline constexpr int kCodesPerWord = 8;
 inline constexpr int kCodeMax = 15;
 inline constexpr int kFitUnits = 4096;         // the least-squares fit counts u in 1/4096
-inline constexpr int kParamBytes = 4;          // fp16 scale, fp16 offset
+inline constexpr int kMaxGroups = 2;           // of a row
+inline constexpr int kParamBytes = 4;          // of a group: fp16 scale, fp16 offset
 inline constexpr uint16_t kNanParam = 0x7e00;  // the fp16 NaN that marks a damaged row
 
 // Bytes of codes, and of a whole row. head_dim: a multiple of 16.
 SAW_INT4_HD constexpr int code_bytes(int head_dim) {
   return head_dim / 2;
 }
-SAW_INT4_HD constexpr int row_bytes(int head_dim) {
-  return code_bytes(head_dim) + kParamBytes;
+SAW_INT4_HD constexpr int row_bytes(int head_dim, int groups) {
+  return code_bytes(head_dim) + groups * kParamBytes;
 }
 
-// Byte positions of the parameters inside a row.
-SAW_INT4_HD constexpr int scale_byte(int head_dim) {
-  return code_bytes(head_dim);
+// Groups of a row of so many bytes; 0 when this head_dim has no such row.
+SAW_INT4_HD constexpr int groups_of_row(int64_t bytes, int head_dim) {
+  for (int groups = 1; groups <= kMaxGroups; ++groups)
+    if (bytes == row_bytes(head_dim, groups)) return groups;
+  return 0;
 }
-SAW_INT4_HD constexpr int offset_byte(int head_dim) {
-  return code_bytes(head_dim) + 2;
+
+// Byte positions of a group's parameters inside a row.
+SAW_INT4_HD constexpr int scale_byte(int head_dim, int group) {
+  return code_bytes(head_dim) + group * kParamBytes;
+}
+SAW_INT4_HD constexpr int offset_byte(int head_dim, int group) {
+  return scale_byte(head_dim, group) + 2;
 }
 
 // Where channel c lies: 32-bit word of the row, and bit inside that word.
@@ -67,6 +81,11 @@ SAW_INT4_HD constexpr int word_of_channel(int c) {
 }
 SAW_INT4_HD constexpr int bit_of_channel(int c) {
   return 16 * (c & 1) + 4 * ((c >> 1) & 3);
+}
+
+// The group whose parameters a channel takes.
+SAW_INT4_HD constexpr int group_of_channel(int c, int groups) {
+  return c % kCodesPerWord * groups / kCodesPerWord;
 }
 
 }  // namespace saw_int4

@@ -20,7 +20,7 @@ struct TransformParams {
   const float* k_sign = nullptr;       // +1 or -1, multiplies H_R(..) of keys and of queries
 };
 
-// K, V [T, H_kv, D] -> rows of k_cache, v_cache [num_slots, H_kv, row_bytes(D)] at slots[T].
+// K, V [T, H_kv, D] -> rows of k_cache, v_cache [num_slots, H_kv, row_bytes(D, groups)] at slots[T].
 struct AppendParams {
   const void* k = nullptr;  // [T, H_kv, D], last two dimensions contiguous
   const void* v = nullptr;
@@ -34,6 +34,7 @@ struct AppendParams {
   int64_t num_tokens = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
+  int groups = 1;
   TransformParams transform;
 };
 
@@ -46,7 +47,7 @@ struct DecodeParams {
   DType dtype = DType::kBFloat16;    // of q and out
   void* out = nullptr;               // [T_q, H_q, D] contiguous
   float* lse = nullptr;              // [T_q, H_q], natural log, or null
-  const uint8_t* k_cache = nullptr;  // [num_slots, H_kv, row_bytes(D)]
+  const uint8_t* k_cache = nullptr;  // [num_slots, H_kv, row_bytes(D, groups)]
   const uint8_t* v_cache = nullptr;
   int64_t num_slots = 0;
   const int32_t* slot_table = nullptr;  // [table_rows_total, table_stride]
@@ -61,6 +62,7 @@ struct DecodeParams {
   int num_q_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
+  int groups = 1;
   TransformParams transform;
   float sm_scale = 0.f;                // multiplies q.k
   float logit_cap = 0.f;               // > 0: logits = cap * tanh(logits / cap)
@@ -84,6 +86,7 @@ struct GatherParams {
   DType dtype = DType::kBFloat16;
   int num_kv_heads = 0;
   int head_dim = 0;
+  int groups = 1;
 };
 
 // y = sign * H_R((x - mean) * mul) row by row: queries, fresh keys, and the way back for outputs (H_R is its own

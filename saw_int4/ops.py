@@ -1,7 +1,8 @@
 """The operators, as Python calls. Knows torch and the row format, nothing of SGLang.
 
 Letters: T tokens, B requests, H_q query heads, H_kv KV heads, D head_dim, R rotation order. Caches are uint8
-``[num_slots, H_kv, row_bytes(D)]``, one for K and one for V, as ``saw_int4/format.py`` lays them out.
+``[num_slots, H_kv, row_bytes(D, groups)]``, one for K and one for V, as ``saw_int4/format.py`` lays them out; their
+rows' length says how many groups they have.
 """
 
 from __future__ import annotations

@@ -59,12 +59,29 @@ def nibble_position(channel: int) -> tuple[int, int]:
     return 4 * word + 2 * half + step // 2, 4 * (step % 2)
 
 
+def group_channels(head_dim: int, groups: int) -> Tensor:
+    """int64 ``[groups, head_dim / groups]``: the channels that share a scale and an offset, in ascending order.
+
+    Two groups: the lower and the upper four of every eight channels.
+    """
+    channels = torch.arange(head_dim)
+    if groups == 1:
+        return channels[None]
+    upper = channels // 4 % 2 == 1
+    return torch.stack((channels[~upper], channels[upper]))
+
+
+def groups_of(rows: Tensor) -> int:
+    """How many groups rows have, by their length: an even number of 4-byte words when two, an odd one when one."""
+    return 2 if rows.shape[-1] % 8 == 0 else 1
+
+
 def fit_to_codes(units: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset that fit the row best, in the least-squares sense, given its codes.
+    """Scale and offset that fit a group of channels best, in the least-squares sense, given its codes.
 
     Args:
-        units: float32 ``[..., D]``, the row in steps of ``scale`` above ``offset``.
-        codes: int64 ``[..., D]``.
+        units: float32 ``[..., n]``, the group in steps of ``scale`` above ``offset``.
+        codes: int64 ``[..., n]``.
         scale, offset: float16 ``[..., 1]``, the first guess.
 
     Returns:
@@ -84,37 +101,45 @@ def fit_to_codes(units: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) ->
     )
 
 
-def quantize_rows(t: Tensor) -> Tensor:
+def quantize_rows(t: Tensor, groups: int = 1) -> Tensor:
     """Quantize transformed rows.
 
     Args:
         t: ``[..., D]`` float32, already transformed.
 
     Returns:
-        uint8 ``[..., D/2 + 4]``.
+        uint8 ``[..., D/2 + 4 * groups]``.
     """
-    low, high = t.amin(-1, keepdim=True), t.amax(-1, keepdim=True)
+    head_dim = t.shape[-1]
+    channels = group_channels(head_dim, groups)
+    x = t[..., channels]  # [..., groups, n]
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     scale = ((high - low) / 15.0).half()
     offset = low.half()
-    damaged = ~(t.isfinite().all(-1, keepdim=True) & scale.isfinite() & offset.isfinite())
+
+    def anywhere(bad: Tensor) -> Tensor:
+        """[..., 1, 1]: damage of one group is damage of the row."""
+        return bad.any(-2, keepdim=True)
+
+    damaged = anywhere(~(x.isfinite().all(-1, keepdim=True) & scale.isfinite() & offset.isfinite()))
     constant = scale == 0
-    units = (t - offset.float()) * (1.0 / scale.float())
+    units = (x - offset.float()) * (1.0 / scale.float())
     units = torch.where(damaged | constant, torch.zeros_like(units), units)
     codes = torch.round(units).clamp(0, 15).long()
     scale, offset = fit_to_codes(units, codes, scale, offset)
     offset = torch.where(offset == 0, torch.zeros_like(offset), offset)
-    damaged |= ~(scale.isfinite() & offset.isfinite())
+    damaged |= anywhere(~(scale.isfinite() & offset.isfinite()))
     codes = torch.where(damaged, torch.zeros_like(codes), codes).to(torch.uint8)
     nan = torch.full_like(scale, math.nan)
-    params = torch.cat((torch.where(damaged, nan, scale), torch.where(damaged, nan, offset)), -1)
+    params = torch.cat((torch.where(damaged, nan, scale), torch.where(damaged, nan, offset)), -1).flatten(-2)
     param_words = torch.where(params.isnan(), 0x7E00, params.view(torch.int16).int() & 0xFFFF)
 
-    head_dim = t.shape[-1]
-    rows = torch.zeros(*t.shape[:-1], head_dim // 2 + 4, dtype=torch.uint8)
-    for channel in range(head_dim):
-        byte, bit = nibble_position(channel)
-        rows[..., byte] |= codes[..., channel] << bit
-    for i in range(2):
+    rows = torch.zeros(*t.shape[:-1], head_dim // 2 + 4 * groups, dtype=torch.uint8)
+    for group in range(groups):
+        for i, channel in enumerate(channels[group].tolist()):
+            byte, bit = nibble_position(channel)
+            rows[..., byte] |= codes[..., group, i] << bit
+    for i in range(2 * groups):
         rows[..., head_dim // 2 + 2 * i] = (param_words[..., i] & 0xFF).to(torch.uint8)
         rows[..., head_dim // 2 + 2 * i + 1] = (param_words[..., i] >> 8).to(torch.uint8)
     return rows
@@ -124,20 +149,24 @@ def dequantize_rows(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """``scale * code + offset`` of every channel, still transformed.
 
     Args:
-        rows: uint8 ``[..., D/2 + 4]``.
+        rows: uint8 ``[..., D/2 + 4]``, or ``[..., D/2 + 8]`` of two groups.
         dtype: float32 and narrower: computed in float32, then rounded once more. float64: exact.
 
     Returns:
         ``[..., D]``.
     """
-    head_dim = (rows.shape[-1] - 4) * 2
+    groups = groups_of(rows)
+    head_dim = (rows.shape[-1] - 4 * groups) * 2
     codes = torch.stack(
         [(rows[..., byte] >> bit) & 15 for byte, bit in (nibble_position(c) for c in range(head_dim))], dim=-1
     )
     params = rows[..., head_dim // 2 :].contiguous().view(torch.float16)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    scale, offset = params[..., 0:1].to(wide), params[..., 1:2].to(wide)
-    return (scale * codes.to(wide) + offset).to(dtype)
+    out = torch.empty(codes.shape, dtype=wide)
+    for group, channels in enumerate(group_channels(head_dim, groups)):
+        scale, offset = (params[..., 2 * group + i, None].to(wide) for i in range(2))
+        out[..., channels] = scale * codes[..., channels].to(wide) + offset
+    return out.to(dtype)
 
 
 def append_kv(
@@ -154,8 +183,9 @@ def append_kv(
     k_sign: Tensor | None = None,
 ) -> None:
     """The oracle of ``ops.append_kv``; mutates the caches at ``slots``."""
-    k_rows = quantize_rows(transform_keys(k, rotation_order, k_mean, k_inv_scale, k_sign))
-    v_rows = quantize_rows(hadamard(v.float(), rotation_order if rotate_v else 1))
+    groups = groups_of(k_cache)
+    k_rows = quantize_rows(transform_keys(k, rotation_order, k_mean, k_inv_scale, k_sign), groups)
+    v_rows = quantize_rows(hadamard(v.float(), rotation_order if rotate_v else 1), groups)
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
             k_cache[slot] = k_rows[token]

@@ -160,7 +160,10 @@ class Bench:
             print(f"decode: head_dim {head_dim}, batch {batch}, context {context}: left out, needs more than "
                   f"--max-gib {self.args.max_gib} GiB", flush=True)  # fmt: skip
             return
-        nbytes = 2 * batch * context * heads * row_bytes(head_dim) + 4 * batch * q_rows * heads * group * head_dim
+        nbytes = (
+            2 * batch * context * heads * row_bytes(head_dim, self.args.groups)
+            + 4 * batch * q_rows * heads * group * head_dim
+        )
         copies = 1
         if self.device.type == "cuda":
             copies = max(1, min(64, -(-ROTATED_BYTES // nbytes)))
@@ -179,7 +182,8 @@ class Bench:
         k, v = (torch.randn(slots, heads, head_dim, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         q = torch.randn(batch * q_rows, heads * group, head_dim, device=self.device, dtype=torch.bfloat16)
         caches = [
-            torch.empty(slots, heads, row_bytes(head_dim), dtype=torch.uint8, device=self.device) for _ in range(2)
+            torch.empty(slots, heads, row_bytes(head_dim, self.args.groups), dtype=torch.uint8, device=self.device)
+            for _ in range(2)
         ]
         every = torch.arange(slots, device=self.device)
         rows = torch.arange(batch, device=self.device)
@@ -242,14 +246,16 @@ class Bench:
             for tokens in self.args.tokens or TOKENS[self.device.type]:
                 total = max(4 * tokens, 4096)
                 caches = [
-                    torch.zeros(total, heads, row_bytes(head_dim), dtype=torch.uint8, device=self.device)
+                    torch.zeros(
+                        total, heads, row_bytes(head_dim, self.args.groups), dtype=torch.uint8, device=self.device
+                    )
                     for _ in range(2)
                 ]
                 pages = torch.randperm(total, device=self.device)[:tokens]
                 wide = [
                     torch.randn(tokens, heads, head_dim, device=self.device, dtype=torch.bfloat16) for _ in range(2)
                 ]
-                nbytes = 2 * tokens * heads * (2 * head_dim + row_bytes(head_dim))
+                nbytes = 2 * tokens * heads * (2 * head_dim + row_bytes(head_dim, self.args.groups))
                 shape = {"head_dim": head_dim, "tokens": tokens, "heads": heads}
                 calls = self.append_calls(wide, caches, pages) if op == "append" else self.gather_calls(
                     wide, caches, pages)  # fmt: skip
@@ -285,6 +291,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--group", type=int, default=4, help="query heads per KV head")
+    parser.add_argument("--groups", type=int, choices=(1, 2), default=1, help="scales and offsets per row")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--contexts", type=int, nargs="+")
     parser.add_argument("--q-rows", type=int, nargs="+", default=[1], help="query rows per request")

@@ -2,7 +2,8 @@
 
 Needs nvcc and nvdisasm, no GPU. Fails on spills, stack, local memory, narrow accesses in a loop, or a missing MMA.
 
-    python scripts/compile_report.py                       the usual instances, every supported architecture (minutes)
+    python scripts/compile_report.py                       the usual instances, every supported architecture (minutes);
+                                                           of rows of two groups for sm_90a alone
     python scripts/compile_report.py --arch 90a --all      every instance that the extension holds
 
 Columns: registers per thread, bytes of stack and of spills, shared memory of a block (decode: as planned for 8 KV heads
@@ -30,6 +31,7 @@ HEADERS = ROOT / "csrc"
 FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{HEADERS}"]
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 DTYPES = ("kFloat32", "kFloat16", "kBFloat16")
+TWO_GROUPS_ARCH = "90a"  # where the usual instances have those of two groups per row among them
 
 
 RESERVED_PER_BLOCK = 1024  # bytes of shared memory, by CUDA
@@ -55,8 +57,9 @@ ARCHS = {
 
 @dataclass(frozen=True)
 class Operator:
-    """params: the kernel's parameter types. usual, all: template arguments. needs: SASS that its loop must hold.
-    narrow: SASS of accesses that waste bandwidth, and how many of them the loop may hold all the same.
+    """params: the kernel's parameter types. usual, all: template arguments, those of rows among them with their groups
+    last. needs: SASS that its loop must hold. narrow: SASS of accesses that waste bandwidth, and how many of them the
+    loop may hold all the same.
     """
 
     params: str
@@ -66,29 +69,37 @@ class Operator:
     narrow: str
     narrow_allowed: int
 
+    def instances(self, arch: str, everything: bool) -> tuple[tuple, ...]:
+        if everything:
+            return self.all
+        return tuple(x for x in self.usual if arch == TWO_GROUPS_ARCH or x[2:] != (2,))
+
 
 def typed(usual: tuple[tuple, ...]) -> dict[str, tuple[tuple, ...]]:
-    return {"usual": usual, "all": tuple((d, t) for d in HEAD_DIMS for t in DTYPES)}
+    groups = sorted({x[2:] for x in usual})
+    return {"usual": usual, "all": tuple((d, t, *g) for d in HEAD_DIMS for t in DTYPES for g in groups)}
+
+
+ROW_TILES = {64: (1, 2, 4), 128: (1, 2, 4), 256: (1, 2)}  # of decode; others: 1
 
 
 OPERATORS = {
     # Slots are 4 bytes each, one load per lane and tile. Fragments of K are 4-byte LDS by design.
     "decode": Operator(
         "DecodeParams, DecodePlan",
-        usual=((64, 1), (128, 1), (128, 2), (128, 4), (256, 1)),
-        all=((64, 1), (64, 2), (64, 4), (80, 1), (96, 1), (112, 1), (128, 1), (128, 2), (128, 4), (192, 1), (256, 1),
-             (256, 2)),
+        usual=((64, 1, 1), (128, 1, 1), (128, 2, 1), (128, 4, 1), (256, 1, 1), (64, 1, 2), (128, 1, 2), (128, 4, 2)),
+        all=tuple((d, tiles, groups) for d in HEAD_DIMS for tiles in ROW_TILES.get(d, (1,)) for groups in (1, 2)),
         needs=(r"HMMA\.16816", r"LDGSTS\S*\.128"),
         narrow=r"LDG\.(?!\S*\.128)|LDS\.[US](8|16)",
         narrow_allowed=1,
     ),
     # One slot per row. Rows of codes are 4-byte aligned: their stores are narrow by the format.
     "append": Operator(
-        "AppendParams, int", **typed(((256, "kBFloat16"), (128, "kFloat32"))),
+        "AppendParams, int", **typed(((256, "kBFloat16", 1), (128, "kFloat32", 1), (128, "kBFloat16", 2))),
         needs=(r"LDGSTS\S*\.128", "IDP"), narrow=r"LDG(STS)?\.(?!\S*\.128)", narrow_allowed=1,
     ),
     "gather": Operator(
-        "GatherParams", **typed(((128, "kBFloat16"), (256, "kBFloat16"))),
+        "GatherParams", **typed(((128, "kBFloat16", 1), (256, "kBFloat16", 1), (128, "kBFloat16", 2))),
         needs=(r"STG\S*\.128",), narrow=r"STG\.(?!\S*\.128)", narrow_allowed=0,
     ),
     "transform": Operator(
@@ -106,14 +117,14 @@ SHAPES = """#include <cstdio>
 using namespace saw_int4;
 static void row(int warps, int shared, int codes) { std::printf("%d %d %d\\n", warps, shared, codes); }
 // 8 KV heads, groups of 4, 64 requests
-static void plan(int head_dim, int row_tiles, int per_sm, int per_block, bool sm_90) {
-  const auto plan = decode_plan({head_dim, 32, 8, 64, 2 * row_tiles}, {1, per_sm, per_block});
-  row(plan.warps, plan.shared_bytes, token_tiles(head_dim, row_tiles, sm_90) * head_dim);
+static void plan(int head_dim, int row_tiles, int groups, int per_sm, int per_block, bool sm_90) {
+  const auto plan = decode_plan({head_dim, 32, 8, 64, 2 * row_tiles, false, groups}, {1, per_sm, per_block});
+  row(plan.warps, plan.shared_bytes, token_tiles(head_dim, row_tiles, groups, sm_90) * head_dim);
 }
 int main() {
 """
 SHAPE_OF = {
-    "decode": "plan({0}, {1}, {per_sm}, {per_block}, {sm_90});",
+    "decode": "plan({0}, {1}, {2}, {per_sm}, {per_block}, {sm_90});",
     "append": "row(kAppendThreads / 32, AppendInput<{0}, DType::{1}>::kSharedBytes, {0} / kAppendLanes<{0}>);",
     "gather": "row(kGatherThreads / 32, 0, 2 * {0} / kGatherLanes<{0}>);",
     "transform": "row(kTransformThreads / 32, 0, {0} / kTransformLanes<{0}>);",
@@ -232,9 +243,9 @@ def compile_unit(arch: str, op: str, instances: tuple[tuple, ...]) -> list[Kerne
     expected = OPERATORS[op]
     text = f'#include "{op}/{op}_kernel.cuh"\nnamespace saw_int4 {{\n'
     params = ", ".join(f"const {name}" for name in expected.params.split(", "))
-    for head_dim, other in instances:
-        argument = other if op == "decode" else f"DType::{other}"
-        text += f"template __global__ void saw_int4_{op}_kernel<{head_dim}, {argument}>({params});\n"
+    for instance in instances:
+        arguments = ", ".join(f"DType::{x}" if x in DTYPES else str(x) for x in instance)
+        text += f"template __global__ void saw_int4_{op}_kernel<{arguments}>({params});\n"
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / f"{op}.cu", Path(folder) / f"{op}.cubin"
         source.write_text(text + "}\n")
@@ -255,9 +266,11 @@ def compile_unit(arch: str, op: str, instances: tuple[tuple, ...]) -> list[Kerne
     )
     kernels = []
     for match in re.finditer(pattern, log, re.DOTALL):
-        arguments = re.search(rf"saw_int4_{op}_kernelILi(\d+)E(?:Li|LNS_5DTypeE)(\d+)E", match[1])
-        second = int(arguments[2]) if op == "decode" else DTYPES[int(arguments[2])]
-        instance = (int(arguments[1]), second)
+        arguments = re.search(rf"saw_int4_{op}_kernelI((?:L(?:i|NS_5DTypeE)\d+E)+)", match[1])
+        instance = tuple(
+            int(number) if kind == "i" else DTYPES[int(number)]
+            for kind, number in re.findall(r"L(i|NS_5DTypeE)(\d+)E", arguments[1])
+        )
         kernels.append(Kernel(op, instance, arch, int(match[4]), int(match[2]), int(match[3]), code[match[1]]))
     if len(kernels) != len(instances):
         fail(f"{len(kernels)} kernels of {op} in ptxas' output for sm_{arch}, expected {len(instances)}:\n{log}")
@@ -273,7 +286,7 @@ def main() -> None:
     args = parser.parse_args()
     if shutil.which("nvcc") is None:
         fail("nvcc not found on PATH")
-    jobs = [(arch, op, OPERATORS[op].all if args.all else OPERATORS[op].usual) for arch in args.arch for op in args.op]
+    jobs = [(arch, op, OPERATORS[op].instances(arch, args.all)) for arch in args.arch for op in args.op]
     shape_of = shapes(jobs)
     failed = 0
     print(TITLE)

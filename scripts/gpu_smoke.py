@@ -6,16 +6,17 @@ from saw_int4 import ops
 from saw_int4.format import row_bytes
 
 
-def caches(slots: int, heads: int, head_dim: int) -> list[torch.Tensor]:
-    return [torch.zeros(slots, heads, row_bytes(head_dim), dtype=torch.uint8) for _ in range(2)]
+def caches(slots: int, heads: int, head_dim: int, groups: int) -> list[torch.Tensor]:
+    return [torch.zeros(slots, heads, row_bytes(head_dim, groups), dtype=torch.uint8) for _ in range(2)]
 
 
-def check(head_dim: int, heads: int, group: int, lens: list[int], q_len: int) -> None:
+def check(head_dim: int, heads: int, group: int, lens: list[int], q_len: int, row_groups: int = 1) -> None:
     """One append, one gather and one decode, whose split pieces are merged across blocks."""
     slots = sum(lens) + 5
     k, v = (torch.randn(slots, heads, head_dim, dtype=torch.bfloat16) for _ in range(2))
     where = torch.randperm(slots)
-    cpu, gpu = caches(slots, heads, head_dim), [t.cuda() for t in caches(slots, heads, head_dim)]
+    cpu = caches(slots, heads, head_dim, row_groups)
+    gpu = [t.cuda() for t in cpu]
     ops.append_kv(k, v, *cpu, where, rotation_order=16, rotate_v=True)
     ops.append_kv(k.cuda(), v.cuda(), *gpu, where.cuda(), rotation_order=16, rotate_v=True)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(cpu, gpu)), "append_kv: bytes differ from the CPU's"
@@ -44,5 +45,7 @@ check(128, 8, 4, [700, 90], 1)
 check(64, 2, 4, [300, 33], 4)
 check(128, 1, 8, [1100], 4)
 check(80, 4, 1, [130, 257], 2)
+check(64, 2, 4, [300, 33], 4, row_groups=2)
+check(128, 8, 4, [700, 90], 1, row_groups=2)
 torch.cuda.synchronize()
 print("gpu_smoke: ok")

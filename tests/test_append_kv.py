@@ -18,15 +18,15 @@ def k_options(heads, head_dim):
     return {f"k_{name}": vectors[name] for name in ("mean", "inv_scale", "sign")}
 
 
-def empty_caches(num_slots, heads, head_dim):
+def empty_caches(num_slots, heads, head_dim, groups=1):
     """K and V caches of bytes that no row has, so that every byte written shows."""
-    return [torch.full((num_slots, heads, row_bytes(head_dim)), 0xA5, dtype=torch.uint8) for _ in range(2)]
+    return [torch.full((num_slots, heads, row_bytes(head_dim, groups)), 0xA5, dtype=torch.uint8) for _ in range(2)]
 
 
-def check(engine, k, v, slots, num_slots, **options):
-    expected = empty_caches(num_slots, k.shape[1], k.shape[2])
+def check(engine, k, v, slots, num_slots, groups=1, **options):
+    expected = empty_caches(num_slots, k.shape[1], k.shape[2], groups)
     reference.append_kv(k, v, *expected, slots, **options)
-    actual = [cache.to(engine.device) for cache in empty_caches(num_slots, k.shape[1], k.shape[2])]
+    actual = [cache.to(engine.device) for cache in empty_caches(num_slots, k.shape[1], k.shape[2], groups)]
     moved = {n: x.to(engine.device) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
     # .to() keeps strides: what is a view stays one.
     engine.append_kv(k.to(engine.device), v.to(engine.device), *actual, slots.to(engine.device), **moved)
@@ -40,7 +40,8 @@ def test_matches_the_reference(engine, head_dim, dtype):
     k, v = adversarial_rows(17, 2, head_dim, dtype), adversarial_rows(17, 2, head_dim, dtype, seed=1)
     slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:17]
     order = default_rotation_order(head_dim)
-    check(engine, k, v, slots, 40, rotation_order=order, rotate_v=True, **k_options(2, head_dim))
+    for groups in (1, 2):
+        check(engine, k, v, slots, 40, groups, rotation_order=order, rotate_v=True, **k_options(2, head_dim))
     check(engine, k, v, slots, 40, rotation_order=order)
 
 
@@ -151,7 +152,8 @@ def test_random_shapes(engine, data):
     slots = torch.randperm(tokens + 5, generator=g)[:tokens]
     options = k_options(heads, head_dim) if data.draw(st.booleans()) else {}
     rotate_v = order > 1 and data.draw(st.booleans())
-    check(engine, k, v, slots, tokens + 5, rotation_order=order, rotate_v=rotate_v, **options)
+    groups = data.draw(st.integers(1, 2))
+    check(engine, k, v, slots, tokens + 5, groups, rotation_order=order, rotate_v=rotate_v, **options)
 
 
 GOOD = dict(

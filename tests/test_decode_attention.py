@@ -67,6 +67,13 @@ BASE = DecodeCase()
 CASES = {
     **{f"head_dim_{d}": replace(BASE, head_dim=d, rotate_v=True) for d in HEAD_DIMS},
     **{f"calibrated_{d}": replace(BASE, head_dim=d, calibrated=True) for d in HEAD_DIMS},
+    **{f"two_groups_{d}": replace(BASE, head_dim=d, groups=2, rotate_v=True, calibrated=True) for d in HEAD_DIMS},
+    "two_groups_unrotated": replace(BASE, groups=2, rotation_order=1, num_q_heads=6),
+    "two_groups_kv_heads_5": replace(BASE, groups=2, num_q_heads=10, num_kv_heads=5, head_dim=128),
+    "two_groups_rows_16": replace(BASE, groups=2, head_dim=128, num_q_heads=8, q_lens=(4, 1, 3), seq_lens=(70, 4, 200)),
+    "two_groups_rows_32": replace(BASE, groups=2, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(70, 4, 200)),
+    "two_groups_rows_of_256": replace(BASE, groups=2, head_dim=256, num_q_heads=8, q_lens=(4, 1, 3), tree=True),
+    "two_groups_sharp": replace(BASE, groups=2, kv_scale=30.0, head_dim=128),
     **{f"group_{g}": replace(BASE, num_q_heads=2 * g) for g in (1, 3, 4, 7, 8, 16)},
     "mqa_20": replace(BASE, num_q_heads=20, num_kv_heads=1),
     "heads_9_3": replace(BASE, num_q_heads=9, num_kv_heads=3),
@@ -105,6 +112,7 @@ CASES = {
         rotate_v=True, num_q_heads=6, num_kv_heads=2,
     ),
 }  # fmt: skip
+CASES["two_groups_everything"] = replace(CASES["everything"], groups=2)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -129,14 +137,17 @@ def test_float32_on_the_cpu(cpu_engine, head_dim):
     check_case(cpu_engine, replace(BASE, head_dim=head_dim, dtype=torch.float32, calibrated=True, q_lens=(3, 1, 2)))
 
 
-def test_damage_reaches_only_who_attends_to_it(engine):
-    inputs = make_decode(replace(BASE, seq_lens=(40, 40, 40), q_lens=(2, 2, 2), num_kv_heads=2, window=-1))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_damage_reaches_only_who_attends_to_it(engine, groups):
+    inputs = make_decode(replace(BASE, seq_lens=(40,) * 3, q_lens=(2,) * 3, num_kv_heads=2, window=-1, groups=groups))
     clean = run(engine, inputs)[0]
     slots = inputs.slot_table[inputs.table_rows[1]]
-    inputs.k_cache[slots[39], 0, -4:] = 0xFF  # K of head 0 at the last token of request 1: its second row only
-    inputs.v_cache[slots[5], 1, -4:] = 0xFF  # V of head 1 at an old token: both rows
+    inputs.k_cache[slots[39], 0, -4 * groups :] = (
+        0xFF  # K of head 0 at the last token of request 1: its second row only
+    )
+    inputs.v_cache[slots[5], 1, -4 * groups :] = 0xFF  # V of head 1 at an old token: both rows
     last = inputs.slot_table[inputs.table_rows[2], 39]
-    inputs.v_cache[last, 0, -4:] = 0xFF  # V of head 0 at the last token of request 2: its second row only
+    inputs.v_cache[last, 0, -4 * groups :] = 0xFF  # V of head 0 at the last token of request 2: its second row only
     out = run(engine, inputs)[0].view(3, 2, 2, 2, -1)  # request, row, KV head, query of its group
     assert out[1, 1, 0].isnan().all()
     assert out[1, :, 1].isnan().all()
@@ -279,6 +290,7 @@ def test_random_shapes(engine, data):
         logit_cap=data.draw(st.sampled_from([0.0, 3.0])),
         sink=data.draw(st.booleans()),
         tree=data.draw(st.booleans()),
+        groups=data.draw(st.integers(1, 2)),
         seed=data.draw(st.integers(0, 1000)),
     )
     check_case(engine, case)

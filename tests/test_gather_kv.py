@@ -11,10 +11,11 @@ from saw_int4.testing.compare import assert_equal
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def random_caches(num_slots, heads, head_dim, seed=0):
+def random_caches(num_slots, heads, head_dim, seed=0, groups=1):
     """Rows of hostile values, and rows of plain random bytes: any 16 bits are a parameter."""
     rows = [
-        reference.quantize_rows(adversarial_rows(num_slots, heads, head_dim, torch.float32, seed + i)) for i in (0, 1)
+        reference.quantize_rows(adversarial_rows(num_slots, heads, head_dim, torch.float32, seed + i), groups)
+        for i in (0, 1)
     ]
     g = torch.Generator().manual_seed(seed)
     for cache in rows:
@@ -22,8 +23,8 @@ def random_caches(num_slots, heads, head_dim, seed=0):
     return rows
 
 
-def check(engine, caches, slots, dtype):
-    heads, head_dim = caches[0].shape[1], 2 * (caches[0].shape[2] - 4)
+def check(engine, caches, slots, dtype, groups=1):
+    heads, head_dim = caches[0].shape[1], 2 * (caches[0].shape[2] - 4 * groups)
     shape = (len(slots), heads, head_dim)
     expected = [torch.empty(shape, dtype=dtype) for _ in range(2)]
     reference.gather_kv(*caches, slots, *expected)
@@ -37,7 +38,8 @@ def check(engine, caches, slots, dtype):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_matches_the_reference(engine, head_dim, dtype):
     slots = torch.tensor([3, 29, 0, 0, 12, 11, 10, 9, 21, 22, 23, 24, 25, 26, 28, 7, 1], dtype=torch.int32)
-    check(engine, random_caches(30, 2, head_dim), slots, dtype)
+    for groups in (1, 2):
+        check(engine, random_caches(30, 2, head_dim, groups=groups), slots, dtype, groups)
 
 
 @pytest.mark.parametrize("heads", [1, 5, 8])

@@ -21,8 +21,10 @@ inline void append(const AppendParams& p, const DeviceLimits& limits, Stream str
       const int64_t most = pairs / (int64_t{kRows} * limits.sm_count * kAppendBlocksOfTensorPerSm);
       const int rounds = static_cast<int>(std::clamp<int64_t>(most, 1, kAppendRounds));
       const int blocks = 2 * row_blocks(p.num_tokens, p.num_kv_heads, rounds * kRows, op);
-      launch("saw_int4_append_kernel", saw_int4_append_kernel<head_dim(), dtype()>, blocks, kAppendThreads,
-             AppendInput<head_dim(), dtype()>::kSharedBytes, stream, p, rounds);
+      dispatch_groups(p.groups, op, [&](auto groups) {
+        launch("saw_int4_append_kernel", saw_int4_append_kernel<head_dim(), dtype(), groups()>, blocks, kAppendThreads,
+               AppendInput<head_dim(), dtype()>::kSharedBytes, stream, p, rounds);
+      });
     });
   });
 }

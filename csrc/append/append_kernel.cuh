@@ -40,37 +40,52 @@ struct FitSums {
   uint32_t s1 = 0, s2 = 0, total = 0, cross = 0;
 };
 
-// A row whose codes are stored and whose parameters are not: what they are fitted from.
-struct OpenRow {
-  uint8_t* row = nullptr;  // null: no row
+// A group of channels whose codes are chosen and whose parameters are not: what they are fitted from.
+struct OpenGroup {
   float scale = 0.f, offset = 0.f;
   uint32_t squares_and_codes = 0, total = 0, cross = 0;
 };
+template <int kGroups>
+struct OpenRow {
+  uint8_t* row = nullptr;  // null: no row
+  OpenGroup group[kGroups];
+};
 
-// Fits and stores the parameters of one row per lane, so that divisions and 64-bit sums are paid once per 32 rows.
-template <int D>
-SAW_INT4_DEVICE void close_row(const OpenRow& open) {
-  if (open.row == nullptr) return;
+// The parameters of a group of n channels, scale in the low half; `finite` becomes false where they are not.
+template <int n>
+SAW_INT4_DEVICE uint32_t fit(const OpenGroup& open, bool& finite) {
   float scale = open.scale, offset = open.offset;
   const int64_t s1 = open.squares_and_codes & 0xffffu, s2 = open.squares_and_codes >> 16;
   const int64_t total = static_cast<int32_t>(open.total), cross = static_cast<int32_t>(open.cross);
-  const int64_t spread = D * s2 - s1 * s1;
-  bool finite = dev::is_finite(scale) && dev::is_finite(offset);
+  const int64_t spread = n * s2 - s1 * s1;
+  finite = finite && dev::is_finite(scale) && dev::is_finite(offset);
   if (finite && scale != 0.f && spread != 0) {
     constexpr float kUnit = 1.f / kFitUnits;  // a power of two: dividing and multiplying round alike
     const float a =
-        dev::mul_rn(dev::div_rn(static_cast<float>(D * cross - s1 * total), static_cast<float>(spread)), kUnit);
+        dev::mul_rn(dev::div_rn(static_cast<float>(n * cross - s1 * total), static_cast<float>(spread)), kUnit);
     const float b = dev::div_rn(
-        dev::sub_rn(dev::mul_rn(static_cast<float>(total), kUnit), dev::mul_rn(a, static_cast<float>(s1))), float(D));
+        dev::sub_rn(dev::mul_rn(static_cast<float>(total), kUnit), dev::mul_rn(a, static_cast<float>(s1))), float(n));
     offset = dev::add_rn(offset, dev::mul_rn(scale, b));
     scale = dev::mul_rn(scale, a);
   }
   const uint16_t scale_bits = dev::float_to_f16(scale), offset_bits = dev::float_to_f16(offset);
   finite = finite && dev::is_finite(dev::f16_to_float(scale_bits)) && dev::is_finite(dev::f16_to_float(offset_bits));
   const bool zero_offset = (offset_bits & 0x7fffu) == 0;  // of either sign: stored as +0
-  const uint32_t params = finite ? scale_bits | (zero_offset ? 0u : static_cast<uint32_t>(offset_bits) << 16)
-                                 : kNanParam | static_cast<uint32_t>(kNanParam) << 16;
-  dev::st_global(reinterpret_cast<uint32_t*>(open.row + scale_byte(D)), params);
+  return scale_bits | (zero_offset ? 0u : static_cast<uint32_t>(offset_bits) << 16);
+}
+
+// Fits and stores the parameters of one row per lane, so that divisions and 64-bit sums are paid once per 32 rows.
+template <int D, int kGroups>
+SAW_INT4_DEVICE void close_row(const OpenRow<kGroups>& open) {
+  if (open.row == nullptr) return;
+  bool finite = true;
+  uint32_t params[kGroups];
+  SAW_INT4_UNROLL
+  for (int g = 0; g < kGroups; ++g) params[g] = fit<D / kGroups>(open.group[g], finite);
+  SAW_INT4_UNROLL
+  for (int g = 0; g < kGroups; ++g)
+    dev::st_global(reinterpret_cast<uint32_t*>(open.row + scale_byte(D, g)),
+                   finite ? params[g] : kNanParam | static_cast<uint32_t>(kNanParam) << 16);
   if (finite) return;
   SAW_INT4_UNROLL_BY(1)
   for (int w = 0; w < D / kCodesPerWord; ++w) dev::st_global(reinterpret_cast<uint32_t*>(open.row) + w, 0u);
@@ -89,50 +104,72 @@ SAW_INT4_DEVICE uint32_t low_bytes(const uint32_t (&x)[8], int first) {
   return dev::prmt(pair(first), pair(first + 16), 0x5410);
 }
 
+// 1 in the bytes of low_bytes(.., first) that belong to channels of the group.
+constexpr uint32_t ones_of_group(int first, int group, int groups) {
+  uint32_t ones = 0;
+  for (int byte = 0; byte < 4; ++byte)
+    if (group_of_channel(channel_at_bit(first + 8 * byte), groups) == group) ones |= 1u << 8 * byte;
+  return ones;
+}
+
+// Where a row's values lie in units of the codes: u = (t - offset) * inverse.
+template <int kGroups>
+struct Units {
+  float offset[kGroups], inverse[kGroups];
+};
+
 // Codes of 8 channels of a row, and their share of the fit. kClamp: some may lie outside 0 .. 15 without it.
-template <bool kClamp>
-SAW_INT4_DEVICE uint32_t quantize_word(const float (&t)[8], float offset, float inverse, FitSums& sums) {
+template <bool kClamp, int kGroups>
+SAW_INT4_DEVICE uint32_t quantize_word(const float (&t)[8], const Units<kGroups>& units, FitSums (&sums)[kGroups]) {
   uint32_t code_bits[8];
   SAW_INT4_UNROLL
   for (int i = 0; i < 8; ++i) {
-    const float u = dev::mul_rn(dev::sub_rn(t[i], offset), inverse);
+    const int g = group_of_channel(i, kGroups);
+    const float u = dev::mul_rn(dev::sub_rn(t[i], units.offset[g]), units.inverse[g]);
     const float code = kClamp ? dev::fmin(dev::fmax(u, 0.f), float(kCodeMax)) : u;
     const float fixed = kClamp ? dev::fmin(dev::fmax(u, -1.f), float(kCodeMax + 1)) : u;
     code_bits[i] = dev::float_bits(dev::add_rn(code, kRounder));
     const uint32_t fixed_bits = dev::float_bits(dev::fma_rn(fixed, float(kFitUnits), kRounder));
-    sums.total += fixed_bits;
-    sums.cross += code_bits[i] * fixed_bits;
+    sums[g].total += fixed_bits;
+    sums[g].cross += code_bits[i] * fixed_bits;
   }
   const uint32_t low = low_bytes(code_bits, 0), high = low_bytes(code_bits, 4);  // nibbles of the word's bytes
-  sums.s1 = dev::dot_u8x4(low, 0x01010101u, dev::dot_u8x4(high, 0x01010101u, sums.s1));
-  sums.s2 = dev::dot_u8x4(low, low, dev::dot_u8x4(high, high, sums.s2));
+  SAW_INT4_UNROLL
+  for (int g = 0; g < kGroups; ++g) {
+    const uint32_t low_ones = ones_of_group(0, g, kGroups), high_ones = ones_of_group(4, g, kGroups);
+    sums[g].s1 = dev::dot_u8x4(low, low_ones, dev::dot_u8x4(high, high_ones, sums[g].s1));
+    sums[g].s2 = dev::dot_u8x4(low, low & low_ones * 0xffu, dev::dot_u8x4(high, high & high_ones * 0xffu, sums[g].s2));
+  }
   return low | high << 4;
 }
 
 // The lane's words of one row, quantized and stored (row: first byte, 4-byte aligned, or null).
-template <int D, bool kClamp>
-SAW_INT4_DEVICE FitSums quantize_words(const typename AppendRow<D>::Values& t, float offset, float inverse,
-                                       uint8_t* row) {
-  FitSums sums;
+template <int D, bool kClamp, int kGroups>
+SAW_INT4_DEVICE void quantize_words(const typename AppendRow<D>::Values& t, const Units<kGroups>& units, uint8_t* row,
+                                    FitSums (&sums)[kGroups]) {
   SAW_INT4_UNROLL
   for (int k = 0; k < AppendRow<D>::kWords; ++k) {
-    const uint32_t word = quantize_word<kClamp>(t[k], offset, inverse, sums);
+    const uint32_t word = quantize_word<kClamp>(t[k], units, sums);
     if (row != nullptr) dev::st_global(reinterpret_cast<uint32_t*>(row) + AppendRow<D>::word(k), word);
   }
   // Sums of (code + r) and (f + r), r the bits of the rounder, whose square is 0 modulo 2^32.
   static_assert(kRounderBits * kRounderBits == 0);
-  sums.total -= 8 * AppendRow<D>::kWords * kRounderBits;
-  sums.cross -= kRounderBits * (sums.s1 + sums.total);
-  return sums;
+  SAW_INT4_UNROLL
+  for (int g = 0; g < kGroups; ++g) {
+    sums[g].total -= 8 / kGroups * AppendRow<D>::kWords * kRounderBits;
+    sums[g].cross -= kRounderBits * (sums[g].s1 + sums[g].total);
+  }
 }
 
-// Smallest and largest value of a row.
+// Smallest and largest value of a group of a row's channels.
 struct Range {
   float low, high;
 };
 
-template <int D>
-SAW_INT4_DEVICE Range range_of_row(const typename AppendRow<D>::Values& t) {
+template <int D, int kGroups>
+SAW_INT4_DEVICE Range range_of_group(const typename AppendRow<D>::Values& t, int group) {
+  constexpr int kChannels = 8 / kGroups;  // of the group in a word
+  const int first = group * kChannels;
   // Bits order like floats where the sign is right: as signed integers the largest, if it is positive, as unsigned ones
   // the smallest, if it is negative. NaN wins both, so that one bad channel marks the row.
   int32_t top = INT32_MIN;
@@ -140,7 +177,7 @@ SAW_INT4_DEVICE Range range_of_row(const typename AppendRow<D>::Values& t) {
   SAW_INT4_UNROLL
   for (int k = 0; k < AppendRow<D>::kWords; ++k) {
     SAW_INT4_UNROLL
-    for (int i = 0; i < 8; i += 2) {
+    for (int i = first; i < first + kChannels; i += 2) {
       const uint32_t a = dev::float_bits(t[k][i]), b = dev::float_bits(t[k][i + 1]);
       top = dev::max3(top, static_cast<int32_t>(a), static_cast<int32_t>(b));
       bottom = dev::max3(bottom, a, b);
@@ -153,12 +190,13 @@ SAW_INT4_DEVICE Range range_of_row(const typename AppendRow<D>::Values& t) {
   }
   Range range{dev::bits_float(bottom), dev::bits_float(static_cast<uint32_t>(top))};
   if (!dev::any(top < 0 || static_cast<int32_t>(bottom) >= 0)) return range;
-  // A row of one sign.
+  // A group of one sign.
   range = {INFINITY, -INFINITY};
   SAW_INT4_UNROLL
   for (int k = 0; k < AppendRow<D>::kWords; ++k) {
     SAW_INT4_UNROLL
-    for (int i = 0; i < 8; ++i) range = {dev::fmin_nan(range.low, t[k][i]), dev::fmax_nan(range.high, t[k][i])};
+    for (int i = first; i < first + kChannels; ++i)
+      range = {dev::fmin_nan(range.low, t[k][i]), dev::fmax_nan(range.high, t[k][i])};
   }
   SAW_INT4_UNROLL
   for (int mask = 1; mask < kAppendLanes<D>; mask *= 2) {
@@ -170,31 +208,45 @@ SAW_INT4_DEVICE Range range_of_row(const typename AppendRow<D>::Values& t) {
 
 // Stores the lane's words of one row as codes, and returns what the parameters follow from, the same in all its lanes.
 // The row's values are t * unit, unit a power of two: factors that change no rounding are not spent on every value.
-template <int D>
-SAW_INT4_DEVICE OpenRow quantize_row(const typename AppendRow<D>::Values& t, float unit, uint8_t* row) {
-  const Range range = range_of_row<D>(t);
-  const float low = dev::mul_rn(range.low, unit), high = dev::mul_rn(range.high, unit);
-  OpenRow open;
+template <int D, int kGroups>
+SAW_INT4_DEVICE OpenRow<kGroups> quantize_row(const typename AppendRow<D>::Values& t, float unit, uint8_t* row) {
+  OpenRow<kGroups> open;
   open.row = row;
-  open.scale = dev::f16_to_float(dev::float_to_f16(dev::div_rn(dev::sub_rn(high, low), float(kCodeMax))));
-  open.offset = dev::f16_to_float(dev::float_to_f16(low));
-  const float inverse = open.scale == 0.f ? 0.f : dev::div_rn(1.f, open.scale);  // a constant row has codes 0
-  // Rounding is monotonous: where the smallest and the largest value round into 0 .. 15, all do.
-  const float first = dev::mul_rn(dev::sub_rn(low, open.offset), inverse);
-  const float last = dev::mul_rn(dev::sub_rn(high, open.offset), inverse);
-  const bool inside = first >= -0.5f && last < kCodeMax + 0.5f;
   const float per_unit = dev::bits_float(0x7f000000u - dev::float_bits(unit));  // 1 / unit
-  const float offset = dev::mul_rn(open.offset, per_unit), factor = dev::mul_rn(inverse, unit);
-  const FitSums sums = dev::any(!inside) ? quantize_words<D, true>(t, offset, factor, row)
-                                         : quantize_words<D, false>(t, offset, factor, row);
-  open.squares_and_codes = sums.s2 << 16 | sums.s1;  // 15^2 * 256 < 2^16, 15 * 256 < 2^16
-  open.total = sums.total;
-  open.cross = sums.cross;
+  Units<kGroups> units;
+  bool inside = true;
   SAW_INT4_UNROLL
-  for (int mask = 1; mask < kAppendLanes<D>; mask *= 2) {
-    open.squares_and_codes += dev::shfl_xor(open.squares_and_codes, mask);
-    open.total += dev::shfl_xor(open.total, mask);
-    open.cross += dev::shfl_xor(open.cross, mask);
+  for (int g = 0; g < kGroups; ++g) {
+    OpenGroup& group = open.group[g];
+    const Range range = range_of_group<D, kGroups>(t, g);
+    const float low = dev::mul_rn(range.low, unit), high = dev::mul_rn(range.high, unit);
+    group.scale = dev::f16_to_float(dev::float_to_f16(dev::div_rn(dev::sub_rn(high, low), float(kCodeMax))));
+    group.offset = dev::f16_to_float(dev::float_to_f16(low));
+    const float inverse = group.scale == 0.f ? 0.f : dev::div_rn(1.f, group.scale);  // a constant group has codes 0
+    // Rounding is monotonous: where the smallest and the largest value round into 0 .. 15, all do.
+    const float first = dev::mul_rn(dev::sub_rn(low, group.offset), inverse);
+    const float last = dev::mul_rn(dev::sub_rn(high, group.offset), inverse);
+    inside = inside && first >= -0.5f && last < kCodeMax + 0.5f;
+    units.offset[g] = dev::mul_rn(group.offset, per_unit);
+    units.inverse[g] = dev::mul_rn(inverse, unit);
+  }
+  FitSums sums[kGroups];
+  if (dev::any(!inside))
+    quantize_words<D, true>(t, units, row, sums);
+  else
+    quantize_words<D, false>(t, units, row, sums);
+  SAW_INT4_UNROLL
+  for (int g = 0; g < kGroups; ++g) {
+    OpenGroup& group = open.group[g];
+    group.squares_and_codes = sums[g].s2 << 16 | sums[g].s1;  // 15^2 * 256 < 2^16, 15 * 256 < 2^16
+    group.total = sums[g].total;
+    group.cross = sums[g].cross;
+    SAW_INT4_UNROLL
+    for (int mask = 1; mask < kAppendLanes<D>; mask *= 2) {
+      group.squares_and_codes += dev::shfl_xor(group.squares_and_codes, mask);
+      group.total += dev::shfl_xor(group.total, mask);
+      group.cross += dev::shfl_xor(group.cross, mask);
+    }
   }
   return open;
 }
@@ -246,10 +298,11 @@ struct AppendInput {
 };
 
 // Transforms and quantizes one row, up to its parameters, and fetches the next.
-template <int D, DType kType>
-SAW_INT4_DEVICE OpenRow append_row(AppendInput<D, kType>& input, const AppendParams& p, bool is_v, uint32_t next) {
+template <int D, DType kType, int kGroups>
+SAW_INT4_DEVICE OpenRow<kGroups> append_row(AppendInput<D, kType>& input, const AppendParams& p, bool is_v,
+                                            uint32_t next) {
   if (dev::any(input.slot >= p.num_slots)) dev::trap();
-  const int64_t first_byte = (input.slot * p.num_kv_heads + input.head) * row_bytes(D);
+  const int64_t first_byte = (input.slot * p.num_kv_heads + input.head) * row_bytes(D, kGroups);
   uint8_t* const row = input.slot < 0 ? nullptr : (is_v ? p.v_cache : p.k_cache) + first_byte;
   const TransformParams& tr = p.transform;
   const auto of_head = [&](const float* vectors) {
@@ -264,12 +317,12 @@ SAW_INT4_DEVICE OpenRow append_row(AppendInput<D, kType>& input, const AppendPar
     for_channels(t, [&](float x) { return dev::mul_rn(x, norm); });
     norm = 1.f;
   }
-  return quantize_row<D>(t, norm, row);
+  return quantize_row<D, kGroups>(t, norm, row);
 }
 
 // Even blocks do K, odd ones V, so that rotated and unrotated rows share an SM. A group of lanes does `rounds` rows,
 // one after the other.
-template <int D, DType kType>
+template <int D, DType kType, int kGroups>
 SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, append_blocks_per_sm(D, kType))
     saw_int4_append_kernel(const AppendParams p, const int rounds) {
   constexpr int kLanes = kAppendLanes<D>, kRows = kAppendRows<D>;
@@ -277,11 +330,11 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, append_blocks_per_sm(D, k
   uint32_t pair = dev::block_index() / 2 * rounds * kRows + dev::thread_index() / kLanes;
   AppendInput<D, kType> input;
   input.fetch(p, is_v, pair);
-  OpenRow mine;
+  OpenRow<kGroups> mine;
   SAW_INT4_UNROLL_BY(1)
   for (int round = 0; round < rounds; ++round) {
     pair += kRows;
-    const OpenRow open = append_row<D, kType>(input, p, is_v, pair);
+    const OpenRow<kGroups> open = append_row<D, kType, kGroups>(input, p, is_v, pair);
     if (AppendRow<D>::lane() == round % kLanes) mine = open;
     if (round % kLanes != kLanes - 1 && round != rounds - 1) continue;
     dev::warp_sync();  // the codes of a damaged row are overwritten

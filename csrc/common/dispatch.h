@@ -33,6 +33,20 @@ void dispatch_head_dim(int head_dim, const char* op, const F& f) {
   }
 }
 
+// f(std::integral_constant<int, groups>), groups of a row.
+template <typename F>
+void dispatch_groups(int groups, const char* op, const F& f) {
+  switch (groups) {
+    case 1:
+      return f(std::integral_constant<int, 1>());
+    case 2:
+      return f(std::integral_constant<int, 2>());
+    default:
+      throw std::runtime_error(std::string(op) + ": rows have " + std::to_string(groups) +
+                               " groups, the CUDA kernels are built for 1 and 2");
+  }
+}
+
 // f(std::integral_constant<DType, dtype>).
 template <typename F>
 void dispatch_dtype(DType dtype, const F& f) {

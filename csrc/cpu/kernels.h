@@ -22,7 +22,7 @@ struct CpuKernels {
   void (*decode_merge)(const DecodeParams&, const DecodeScratch&, const DecodeRows&, const DecodeChunk* chunks,
                        int64_t row, int q_head, float* scratch);
   // Floats of scratch that decode_chunk and decode_merge need for up to `rows` query rows of one KV head.
-  int64_t (*decode_scratch_floats)(int head_dim, int64_t rows);
+  int64_t (*decode_scratch_floats)(int head_dim, int groups, int64_t rows);
 };
 
 // The kernels in use: the widest instruction set that this machine has, unless set_cpu_isa chose another.

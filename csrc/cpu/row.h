@@ -98,6 +98,31 @@ SAW_INT4_INLINE bool is_finite_half(uint16_t x) {
   return (x & 0x7c00u) != 0x7c00u;
 }
 
+// How the lanes of vectors of N channels belong to groups: a vector has lanes of every group in the same places, or,
+// where N is less than a word, vectors of one group and of the other take turns (kinds).
+template <int kGroups>
+struct Grouped {
+  static constexpr int kKinds = N < kCodesPerWord ? kGroups : 1;
+  static constexpr bool kMixed = kGroups > kKinds;
+
+  template <int... kLane>
+  SAW_INT4_INLINE I in_group(int group, std::integer_sequence<int, kLane...>) {
+    const I groups = {group_of_channel(kLane % kCodesPerWord, kGroups)...};
+    return groups == group;
+  }
+  // Of vectors of each kind, one group's lanes; the other lanes become `neutral`.
+  template <typename V>
+  SAW_INT4_INLINE V lanes_of(const V (&v)[kKinds], int group, V neutral) {
+    if constexpr (!kMixed) return v[kKinds == 1 ? 0 : group];
+    return in_group(group, std::make_integer_sequence<int, N>{}) ? v[0] : neutral;
+  }
+  // The other way: every lane gets what its group has.
+  SAW_INT4_INLINE F spread(const float (&x)[kGroups], int kind) {
+    if constexpr (!kMixed) return splat(x[kind]);
+    return in_group(0, std::make_integer_sequence<int, N>{}) ? splat(x[0]) : splat(x[kGroups - 1]);
+  }
+};
+
 // Codes of 8 channels, a byte each, to their word: even channels to the low half, odd ones to the high half.
 SAW_INT4_INLINE uint32_t pack_word(uint64_t bytes) {
   uint64_t even = bytes & 0x000f000f000f000fu, odd = (bytes >> 8) & 0x000f000f000f000fu;
@@ -108,50 +133,69 @@ SAW_INT4_INLINE uint32_t pack_word(uint64_t bytes) {
   return static_cast<uint32_t>(even | odd << 16);
 }
 
-// t [D], transformed -> row [row_bytes(D)]. codes [D]: scratch.
+// t [D], transformed -> row [row_bytes(D, kGroups)]. codes [D]: scratch.
+template <int kGroups>
 SAW_INT4_INLINE void quantize_row(const float* t, int head_dim, uint8_t* codes, uint8_t* row) {
-  F lows = load<F>(t), highs = lows;
+  using Lanes = Grouped<kGroups>;
+  constexpr int kKinds = Lanes::kKinds;
+  F lows[kKinds], highs[kKinds];
+  for (int kind = 0; kind < kKinds; ++kind) lows[kind] = highs[kind] = load<F>(t + kind * N);
   I damaged{};
-  for (int c = 0; c < head_dim; c += N) {
-    const F x = load<F>(t + c);
-    lows = min(x, lows);
-    highs = max(x, highs);
-    damaged |= ((U)x & 0x7f800000u) == 0x7f800000u;
-  }
-  const float low = lane_min(lows), high = lane_max(highs);
-  uint16_t params[2] = {to_half((high - low) / 15.f), to_half(low)};
-  bool damage = any_lane(damaged) || !is_finite_half(params[0]) || !is_finite_half(params[1]);
-  if (!damage && params[0] != 0) {
-    const F offset = splat(from_half(params[1])), inverse = splat(1.f / from_half(params[0]));
-    I s1{}, s2{}, total{}, cross{};
-    for (int c = 0; c < head_dim; c += N) {
-      const F u = (load<F>(t + c) - offset) * inverse;
-      // Clamping first gives the same codes.
-      const F rounded = min(max(u, F{}), splat(static_cast<float>(kCodeMax))) + splat(kRounder);
-      const I code = (I)((U)rounded & 15u);
-      store(codes + c, __builtin_convertvector((U)code, B));
-      const F fixed = min(max(u, splat(-1.f)), splat(16.f)) * splat(static_cast<float>(kFitUnits)) + splat(kRounder);
-      const I f = (I)fixed - (I)splat(kRounder);
-      s1 += code;
-      s2 += code * code;
-      total += f;
-      cross += code * f;
+  for (int first = 0; first < head_dim; first += kKinds * N) {
+    for (int kind = 0; kind < kKinds; ++kind) {
+      const F x = load<F>(t + first + kind * N);
+      lows[kind] = min(x, lows[kind]);
+      highs[kind] = max(x, highs[kind]);
+      damaged |= ((U)x & 0x7f800000u) == 0x7f800000u;
     }
-    fit_params(head_dim, lane_sum(s1), lane_sum(s2), lane_sum(total), lane_sum(cross), params);
-    damage = !is_finite_half(params[0]) || !is_finite_half(params[1]);
-  } else {
-    __builtin_memset(codes, 0, head_dim);
   }
-  if (damage) {
-    __builtin_memset(codes, 0, head_dim);
-    params[0] = params[1] = kNanParam;
+  bool damage = any_lane(damaged);
+  uint16_t params[kGroups][2];
+  float offsets[kGroups], inverses[kGroups];
+  for (int g = 0; g < kGroups; ++g) {
+    const float low = lane_min(Lanes::lanes_of(lows, g, splat(INFINITY)));
+    const float high = lane_max(Lanes::lanes_of(highs, g, splat(-INFINITY)));
+    params[g][0] = to_half((high - low) / 15.f);
+    params[g][1] = to_half(low);
+    damage |= !is_finite_half(params[g][0]) || !is_finite_half(params[g][1]);
+    offsets[g] = from_half(params[g][1]);
+    inverses[g] = params[g][0] == 0 ? 0.f : 1.f / from_half(params[g][0]);  // a constant group has codes 0
   }
-  if ((params[1] & 0x7fffu) == 0) params[1] = 0;  // one zero, or equal rows could differ in bytes
+  if (!damage) {
+    I s1[kKinds] = {}, s2[kKinds] = {}, total[kKinds] = {}, cross[kKinds] = {};
+    for (int first = 0; first < head_dim; first += kKinds * N) {
+      for (int kind = 0; kind < kKinds; ++kind) {
+        const int c = first + kind * N;
+        const F u = (load<F>(t + c) - Lanes::spread(offsets, kind)) * Lanes::spread(inverses, kind);
+        // Clamping first gives the same codes.
+        const F rounded = min(max(u, F{}), splat(static_cast<float>(kCodeMax))) + splat(kRounder);
+        const I code = (I)((U)rounded & 15u);
+        store(codes + c, __builtin_convertvector((U)code, B));
+        const F fixed = min(max(u, splat(-1.f)), splat(16.f)) * splat(static_cast<float>(kFitUnits)) + splat(kRounder);
+        const I f = (I)fixed - (I)splat(kRounder);
+        s1[kind] += code;
+        s2[kind] += code * code;
+        total[kind] += f;
+        cross[kind] += code * f;
+      }
+    }
+    const auto sum = [](const I(&x)[kKinds], int g)
+                         __attribute__((always_inline)) { return lane_sum(Lanes::lanes_of(x, g, I{})); };
+    for (int g = 0; g < kGroups; ++g) {
+      fit_params(head_dim / kGroups, sum(s1, g), sum(s2, g), sum(total, g), sum(cross, g), params[g]);
+      damage |= !is_finite_half(params[g][0]) || !is_finite_half(params[g][1]);
+    }
+  }
+  if (damage) __builtin_memset(codes, 0, static_cast<uint32_t>(head_dim));
+  for (int g = 0; g < kGroups; ++g) {
+    if (damage) params[g][0] = params[g][1] = kNanParam;
+    if ((params[g][1] & 0x7fffu) == 0) params[g][1] = 0;  // one zero, or equal rows could differ in bytes
+  }
   for (int w = 0; w < head_dim / kCodesPerWord; ++w) {
     const uint32_t word = pack_word(load<uint64_t>(codes + kCodesPerWord * w));
     store(row + 4 * w, word);
   }
-  __builtin_memcpy(row + scale_byte(head_dim), params, sizeof(params));
+  __builtin_memcpy(row + scale_byte(head_dim, 0), params, sizeof(params));
 }
 
 // The codes of N consecutive channels from c, a multiple of N, in the low bits of their lanes.
@@ -171,13 +215,21 @@ SAW_INT4_INLINE U channel_codes(const uint8_t* row, int c, std::integer_sequence
   }
 }
 
-// row [row_bytes(D)] -> t [D], still transformed.
+// row [row_bytes(D, kGroups)] -> t [D], still transformed.
+template <int kGroups>
 SAW_INT4_INLINE void dequantize_row(const uint8_t* row, int head_dim, float* t) {
-  const F scale = splat(from_half(load<uint16_t>(row + scale_byte(head_dim))));
-  const F offset = splat(from_half(load<uint16_t>(row + offset_byte(head_dim))));
-  for (int c = 0; c < head_dim; c += N) {
-    const U words = channel_codes(row, c, std::make_integer_sequence<int, N>{});
-    store(t + c, scale * codes(words) + offset);
+  using Lanes = Grouped<kGroups>;
+  float scales[kGroups], offsets[kGroups];
+  for (int g = 0; g < kGroups; ++g) {
+    scales[g] = from_half(load<uint16_t>(row + scale_byte(head_dim, g)));
+    offsets[g] = from_half(load<uint16_t>(row + offset_byte(head_dim, g)));
+  }
+  for (int first = 0; first < head_dim; first += Lanes::kKinds * N) {
+    for (int kind = 0; kind < Lanes::kKinds; ++kind) {
+      const int c = first + kind * N;
+      const U words = channel_codes(row, c, std::make_integer_sequence<int, N>{});
+      store(t + c, Lanes::spread(scales, kind) * codes(words) + Lanes::spread(offsets, kind));
+    }
   }
 }
 

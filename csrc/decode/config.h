@@ -30,13 +30,16 @@ constexpr int max_row_tiles(int head_dim) {
   return head_dim == 64 || head_dim == 128 ? 4 : head_dim == 256 ? 2 : 1;
 }
 
-// Blocks of 8 warps per SM that the registers allow (128 or 255 per thread).
-constexpr int blocks_by_registers(int head_dim, int row_tiles) {
+// Blocks of 8 warps per SM that the registers allow (128 or 255 per thread). Two groups per row have a second set of
+// products and weights.
+constexpr int blocks_by_registers(int head_dim, int row_tiles, int groups) {
+  if (groups > 1) return head_dim * row_tiles <= 128 && row_tiles <= 2 ? 2 : 1;
   return head_dim <= 128 && row_tiles <= 2 ? 2 : 1;
 }
 
 // Tiles of 16 tokens that a warp takes at a time: two hide more latency, one needs fewer registers.
-constexpr int token_tiles(int head_dim, int row_tiles, bool measured_arch) {
+constexpr int token_tiles(int head_dim, int row_tiles, int groups, bool measured_arch) {
+  if (groups > 1) return row_tiles == 1 || (head_dim == 128 && row_tiles == 2) ? 2 : 1;
   return (head_dim == 128 && row_tiles == 2) || (row_tiles == 4 && !measured_arch) ? 1 : 2;
 }
 
@@ -49,9 +52,14 @@ constexpr int query_words_per_lane(int head_dim) {
   return (head_dim + 31) / 32;
 }
 
+// Shared memory for the score terms of one query row: 2 numbers, 2 for each group, and padding.
+constexpr int score_terms_bytes(int groups) {
+  return 16 * groups;
+}
+
 // Shared memory for the fragments and score terms of one KV head.
-constexpr int query_bytes(int head_dim, int row_tiles) {
-  return row_tiles * (query_words_per_lane(head_dim) * 512 + kRowsPerTile * 16);
+constexpr int query_bytes(int head_dim, int row_tiles, int groups) {
+  return row_tiles * (query_words_per_lane(head_dim) * 512 + kRowsPerTile * score_terms_bytes(groups));
 }
 
 // Shapes of a launch, known at capture time.
@@ -62,6 +70,7 @@ struct DecodeShape {
   int num_requests;
   int max_q_len;
   bool batch_invariant = false;
+  int groups = 1;
 };
 
 struct DecodePlan {
@@ -101,7 +110,7 @@ constexpr uint32_t reciprocal(int d) {
 
 // Fills in what follows from heads_per_block, warps and stages.
 inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
-  const int row = row_bytes(shape.head_dim);
+  const int row = row_bytes(shape.head_dim, shape.groups);
   const int token = shape.num_kv_heads * row, run = plan.heads_per_block * row;
   plan.chunk_bytes = token % 16 == 0 ? 16 : token % 8 == 0 ? 8 : 4;
   // A run of heads may start anywhere in a chunk; no run reads past its token.
@@ -124,7 +133,7 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   // The stages double as the place where the warps of a block merge one row tile. Before that, the last of them, which
   // is filled last, is where a query passes through that is to stay in registers.
   const int merge_bytes = plan.warps * kRowsPerTile * (shape.head_dim + kRecordPadding) * 4;
-  const int query = plan.heads_per_block * query_bytes(shape.head_dim, plan.row_tiles);
+  const int query = plan.heads_per_block * query_bytes(shape.head_dim, plan.row_tiles, shape.groups);
   const bool in_registers = query_in_registers(plan.row_tiles);
   if (in_registers) plan.stage_bytes = std::max(plan.stage_bytes, query);
   plan.stages_bytes = std::max(plan.stages * plan.stage_bytes, merge_bytes);
@@ -150,7 +159,7 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
   for (int heads = most_heads; heads >= 1; heads /= 2) {
     if (shape.num_kv_heads % heads != 0) continue;
     plan.heads_per_block = heads;
-    const int most = blocks_by_registers(shape.head_dim, plan.row_tiles) * (kMaxWarps / plan.warps);
+    const int most = blocks_by_registers(shape.head_dim, plan.row_tiles, shape.groups) * (kMaxWarps / plan.warps);
     bool fits = false;
     for (int per_sm = most; per_sm >= 1 && !fits; --per_sm) {
       const int budget =

@@ -106,19 +106,19 @@ void decode_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::
   check_values(p, slot_table.size(0), slot_table.size(1), q.size(0));
   const Plan plan = make_plan(p);
   const CpuKernels& kernels = cpu_kernels();
-  const int64_t queries = q.size(0) * p.num_q_heads, D = p.head_dim;
-  const at::Tensor floats = at::empty({queries * (D + 2) + plan.partial_rows * (D + 3)}, at::kFloat);
+  const int64_t queries = q.size(0) * p.num_q_heads, D = p.head_dim, G = p.groups;
+  const at::Tensor floats = at::empty({queries * (D + G + 1) + plan.partial_rows * (D + G + 2)}, at::kFloat);
   DecodeScratch s;
   s.q = floats.mutable_data_ptr<float>();
   s.q_sum = s.q + queries * D;
-  s.q_mean = s.q_sum + queries;
+  s.q_mean = s.q_sum + queries * G;
   s.acc = s.q_mean + queries;
   s.stats = s.acc + plan.partial_rows * D;
 
   at::parallel_for(0, queries, 64, [&](int64_t begin, int64_t end) { kernels.decode_prepare(p, s, begin, end); });
   // KV heads innermost: a token's heads lie side by side, and what one head's rows drag into the cache serves the next.
   at::parallel_for(0, plan.chunks.size() * p.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(kernels.decode_scratch_floats(p.head_dim, plan.max_rows));
+    std::vector<float> scratch(kernels.decode_scratch_floats(p.head_dim, p.groups, plan.max_rows));
     for (int64_t i = begin; i < end; ++i) {
       kernels.decode_chunk(p, s, plan.chunks[i / p.num_kv_heads], static_cast<int>(i % p.num_kv_heads), scratch.data());
     }

@@ -27,13 +27,13 @@ struct DecodeRows {
   int64_t first_chunk = 0, num_chunks = 0;
 };
 
-// Scratch of the whole call. D = head_dim, P = partial rows.
+// Scratch of the whole call. D = head_dim, P = partial rows, G = groups of a row.
 struct DecodeScratch {
   float* q = nullptr;       // [T_q, H_q, D] transformed queries times sm_scale
-  float* q_sum = nullptr;   // [T_q, H_q] their sums over D
+  float* q_sum = nullptr;   // [T_q, H_q, G] their sums over the channels of each group
   float* q_mean = nullptr;  // [T_q, H_q] sm_scale * q.mu
   float* acc = nullptr;     // [P, D] sum of weight * scale * code of V, in the order of accumulated_channel()
-  float* stats = nullptr;   // [P, 3] largest logit, sum of weights, sum of weight * offset of V
+  float* stats = nullptr;   // [P, 2 + G] largest logit, sum of weights, for each group sum of weight * offset of V
 };
 
 }  // namespace saw_int4

@@ -12,8 +12,9 @@
 
 namespace saw_int4 {
 
-// Launches the kernel of head_dim D that plan.row_tiles names (decode_launch.cuh; one translation unit per D).
-template <int D>
+// Launches the kernel of head_dim D and so many groups per row that plan.row_tiles names (decode_launch.cuh; one
+// translation unit for each).
+template <int D, int kGroups>
 void launch_decode(const DecodeParams& p, const DecodePlan& plan, Stream stream);
 
 inline void check_decode(const DecodeParams& p, const DecodePlan& plan, const DecodeShape& shape) {
@@ -35,10 +36,14 @@ inline void check_decode(const DecodeParams& p, const DecodePlan& plan, const De
 
 inline void decode(const DecodeParams& p, const DeviceLimits& limits, Stream stream) {
   if (p.num_requests == 0) return;
-  const DecodeShape shape{p.head_dim, p.num_q_heads, p.num_kv_heads, p.num_requests, p.max_q_len, p.batch_invariant};
+  const DecodeShape shape{p.head_dim,  p.num_q_heads,     p.num_kv_heads, p.num_requests,
+                          p.max_q_len, p.batch_invariant, p.groups};
   const DecodePlan plan = decode_plan(shape, limits);
   check_decode(p, plan, shape);
-  dispatch_head_dim(p.head_dim, "decode_attention", [&](auto head_dim) { launch_decode<head_dim()>(p, plan, stream); });
+  dispatch_head_dim(p.head_dim, "decode_attention", [&](auto head_dim) {
+    dispatch_groups(p.groups, "decode_attention",
+                    [&](auto groups) { launch_decode<head_dim(), groups()>(p, plan, stream); });
+  });
 }
 
 }  // namespace saw_int4

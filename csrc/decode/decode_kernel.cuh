@@ -4,7 +4,9 @@
 // GQA group) fill an MMA, and 4 query tokens cost the KV traffic of one. A warp owns one KV head and 32 tokens per
 // tile; lane = 4g + c holds, for QK, tokens g and g + 8 and every fourth word of them; for PV, tokens 2c, 2c+1, 2c+8,
 // 2c+9 and word g of every eight: two byte permutes put the codes of two tokens side by side. S^T becomes the operand
-// P^T by one 8x8 transpose per 16 tokens. Scales stay outside the products (query.cuh, fragments.cuh).
+// P^T by one 8x8 transpose per 16 tokens. Scales stay outside the products (query.cuh, fragments.cuh). With two groups
+// per row each has a product and weights of its own: k-steps of QK and MMAs of PV alternate between groups by
+// format.h's choice of channels, so that loads and MMAs are as many as for one.
 //
 // Bound: HBM. A head_dim 128 row pair of 32 tokens is 4352 bytes, 300 cycles of an H100 SM's share (14.5 B/cycle) =
 // 1200 issue slots; the inner loop issues about 500 (csrc/README.md counts them in the SASS).
@@ -23,11 +25,11 @@ inline constexpr int kWeightBits = 11;
 
 // Running softmax of a warp's query rows: lane 4g + c, rows 8*nt + 2c + u. l and extra are this lane's share (its
 // tokens only). o counts v in units of v_cap * 2^-kWeightBits times (code - 8); extra has what is the same in every
-// channel.
-template <int D, int NT>
+// channel of a group.
+template <int D, int NT, int kGroups>
 struct Softmax {
   static constexpr int kWordGroups = (D + 63) / 64;  // of 8 words, one per g
-  float m[NT][2], l[NT][2], extra[NT][2];
+  float m[NT][2], l[NT][2], extra[kGroups][NT][2];
   float o[NT][4 * kWordGroups][4];
   float v_cap;  // power of two above every scale of V so far, 0 before the first
 
@@ -37,17 +39,19 @@ struct Softmax {
   }
 };
 
-template <int D, int NT>
-SAW_INT4_DEVICE void reset(Softmax<D, NT>& s) {
+template <int D, int NT, int kGroups>
+SAW_INT4_DEVICE void reset(Softmax<D, NT, kGroups>& s) {
   SAW_INT4_UNROLL
   for (int nt = 0; nt < NT; ++nt) {
     SAW_INT4_UNROLL
     for (int u = 0; u < 2; ++u) {
       s.m[nt][u] = -INFINITY;
-      s.l[nt][u] = s.extra[nt][u] = 0.f;
+      s.l[nt][u] = 0.f;
+      SAW_INT4_UNROLL
+      for (int group = 0; group < kGroups; ++group) s.extra[group][nt][u] = 0.f;
     }
     SAW_INT4_UNROLL
-    for (int i = 0; i < 4 * Softmax<D, NT>::kWordGroups; ++i) {
+    for (int i = 0; i < 4 * s.kWordGroups; ++i) {
       SAW_INT4_UNROLL
       for (int e = 0; e < 4; ++e) s.o[nt][i][e] = 0.f;
     }
@@ -56,8 +60,8 @@ SAW_INT4_DEVICE void reset(Softmax<D, NT>& s) {
 }
 
 // Moves the references (largest logit, largest scale of V) to what the warp has seen. Rare after the first tiles.
-template <int D, int NT>
-SAW_INT4_DEVICE void rescale(Softmax<D, NT>& s, const float (&largest)[NT][2], float v_scale) {
+template <int D, int NT, int kGroups>
+SAW_INT4_DEVICE void rescale(Softmax<D, NT, kGroups>& s, const float (&largest)[NT][2], float v_scale) {
   SAW_INT4_UNROLL
   for (int mask = 4; mask < 32; mask *= 2) v_scale = dev::fmax(v_scale, dev::shfl_xor(v_scale, mask));
   float v_keep = 1.f;
@@ -77,9 +81,10 @@ SAW_INT4_DEVICE void rescale(Softmax<D, NT>& s, const float (&largest)[NT][2], f
       const float keep = piece_weight(s.m[nt][u], top);
       s.m[nt][u] = top;
       s.l[nt][u] *= keep;
-      s.extra[nt][u] *= keep;
       SAW_INT4_UNROLL
-      for (int i = 0; i < 4 * Softmax<D, NT>::kWordGroups; ++i) {
+      for (int group = 0; group < kGroups; ++group) s.extra[group][nt][u] *= keep;
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 4 * s.kWordGroups; ++i) {
         s.o[nt][i][u] *= keep * v_keep;
         s.o[nt][i][u + 2] *= keep * v_keep;
       }
@@ -100,42 +105,61 @@ SAW_INT4_DEVICE bool visible(int token, const uint4& row, int tree_base) {
   return ((bit < 32 ? row.z >> bit : row.w >> (bit - 32)) & 1u) != 0;
 }
 
-// Weights of 16 tokens: s (logits) -> w = p * scale in units of v_unit. kMasked: logits of -inf weigh nothing, even
-// when the token's parameters are NaN.
-template <bool kMasked, int D, int NT>
-SAW_INT4_DEVICE void weigh(Softmax<D, NT>& s, float (&w)[NT][4], const float (&v_weight)[2],
-                           const float (&v_extra)[2]) {
+// Weights of 16 tokens: w[0] (logits) -> w[group] = p * scale in units of v_unit. kMasked: logits of -inf weigh
+// nothing, even when the token's parameters are NaN.
+template <bool kMasked, int D, int NT, int kGroups>
+SAW_INT4_DEVICE void weigh(Softmax<D, NT, kGroups>& s, float (&w)[kGroups][NT][4], const float (&v_weight)[kGroups][2],
+                           const float (&v_extra)[kGroups][2]) {
   SAW_INT4_UNROLL
   for (int nt = 0; nt < NT; ++nt) {
     SAW_INT4_UNROLL
     for (int e = 0; e < 4; ++e) {
       const int u = e % 2, half = e / 2;
-      if (kMasked && w[nt][e] == -INFINITY) {
-        w[nt][e] = 0.f;
+      if (kMasked && w[0][nt][e] == -INFINITY) {
+        SAW_INT4_UNROLL
+        for (int group = 0; group < kGroups; ++group) w[group][nt][e] = 0.f;
         continue;
       }
-      const float weight = dev::exp2_approx(w[nt][e] - s.m[nt][u]);
+      const float weight = dev::exp2_approx(w[0][nt][e] - s.m[nt][u]);
       s.l[nt][u] += weight;
-      s.extra[nt][u] = dev::fma_rn(weight, v_extra[half], s.extra[nt][u]);
-      w[nt][e] = weight * v_weight[half];
+      SAW_INT4_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        s.extra[group][nt][u] = dev::fma_rn(weight, v_extra[group][half], s.extra[group][nt][u]);
+        w[group][nt][e] = weight * v_weight[group][half];
+      }
     }
   }
 }
 
+// The parameters of a row's groups, scale in the low half; row_params: their shared address.
+template <int kGroups>
+SAW_INT4_DEVICE void load_params(uint32_t row_params, uint32_t (&params)[kGroups]) {
+  if constexpr (kGroups == 1) {
+    params[0] = dev::ld_shared<uint32_t>(row_params);
+  } else {
+    const auto both = dev::ld_shared<uint2>(row_params);
+    params[0] = both.x;
+    params[1] = both.y;
+  }
+}
+
 // MT * 16 tokens of one KV head; k_row, v_row: shared addresses of the first token's row, `stride` bytes apart.
-template <int MT, int D, int NT>
-SAW_INT4_DEVICE void attend(Softmax<D, NT>& s, const Query<D, NT>& query, uint32_t k_row, uint32_t v_row, int stride,
-                            int token, bool masked, const Masks& masks, float logit_cap) {
+template <int MT, int D, int NT, int kGroups>
+SAW_INT4_DEVICE void attend(Softmax<D, NT, kGroups>& s, const Query<D, NT, kGroups>& query, uint32_t k_row,
+                            uint32_t v_row, int stride, int token, bool masked, const Masks& masks, float logit_cap) {
   constexpr int kRowWords = D / kCodesPerWord;
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
 
-  float w[MT][NT][4];
+  float w[MT][kGroups][NT][4];
   SAW_INT4_UNROLL
   for (int mt = 0; mt < MT; ++mt) {
     SAW_INT4_UNROLL
-    for (int nt = 0; nt < NT; ++nt) {
+    for (int group = 0; group < kGroups; ++group) {
       SAW_INT4_UNROLL
-      for (int e = 0; e < 4; ++e) w[mt][nt][e] = 0.f;
+      for (int nt = 0; nt < NT; ++nt) {
+        SAW_INT4_UNROLL
+        for (int e = 0; e < 4; ++e) w[mt][group][nt][e] = 0.f;
+      }
     }
   }
   SAW_INT4_UNROLL
@@ -154,36 +178,53 @@ SAW_INT4_DEVICE void attend(Softmax<D, NT>& s, const Query<D, NT>& query, uint32
       const uint4 q = query.fragment(nt, j);
       SAW_INT4_UNROLL
       for (int mt = 0; mt < MT; ++mt) {
-        dev::mma_m16n8k16_f16(w[mt][nt], {low[mt][0], high[mt][0], low[mt][1], high[mt][1]}, {q.x, q.y});
-        dev::mma_m16n8k16_f16(w[mt][nt], {low[mt][2], high[mt][2], low[mt][3], high[mt][3]}, {q.z, q.w});
+        // Channels 0 .. 3 of the word, then 4 .. 7.
+        dev::mma_m16n8k16_f16(w[mt][0][nt], {low[mt][0], high[mt][0], low[mt][1], high[mt][1]}, {q.x, q.y});
+        dev::mma_m16n8k16_f16(w[mt][kGroups - 1][nt], {low[mt][2], high[mt][2], low[mt][3], high[mt][3]}, {q.z, q.w});
       }
     }
   }
 
-  float largest[NT][2], v_scale = 0.f, v_weight[MT][2], v_extra[MT][2];
+  float largest[NT][2], v_scale = 0.f, v_weight[MT][kGroups][2], v_extra[MT][kGroups][2];
   SAW_INT4_UNROLL
   for (int nt = 0; nt < NT; ++nt) largest[nt][0] = largest[nt][1] = -INFINITY;
   SAW_INT4_UNROLL
   for (int mt = 0; mt < MT; ++mt) {
     SAW_INT4_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const uint32_t row = (16 * mt + 8 * half + g) * stride + scale_byte(D);
-      const auto k_params = dev::ld_shared<uint32_t>(k_row + row), v_params = dev::ld_shared<uint32_t>(v_row + row);
-      const float scale = dev::f16_to_float(static_cast<uint16_t>(k_params));
-      const float offset = dev::f16_to_float(static_cast<uint16_t>(k_params >> 16));
+      const uint32_t row = (16 * mt + 8 * half + g) * stride + scale_byte(D, 0);
+      uint32_t k_params[kGroups], v_params[kGroups];
+      load_params(k_row + row, k_params);
+      load_params(v_row + row, v_params);
+      float scale[kGroups], offset[kGroups];
+      SAW_INT4_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        scale[group] = dev::f16_to_float(static_cast<uint16_t>(k_params[group]));
+        offset[group] = dev::f16_to_float(static_cast<uint16_t>(k_params[group] >> 16));
+      }
       SAW_INT4_UNROLL
       for (int nt = 0; nt < NT; ++nt) {
         SAW_INT4_UNROLL
         for (int u = 0; u < 2; ++u) {
-          const ScoreTerms t = query.terms(nt, u);
-          float& x = w[mt][nt][2 * half + u];
-          x = dev::fma_rn(scale, dev::fma_rn(x, t.k, -t.bias), dev::fma_rn(offset, t.qsum, t.c0));
+          const ScoreTerms<kGroups> t = query.terms(nt, u);
+          float logit = t.c0;
+          SAW_INT4_UNROLL
+          for (int group = 0; group < kGroups; ++group) {
+            const float x = w[mt][group][nt][2 * half + u];
+            logit = dev::fma_rn(scale[group], dev::fma_rn(x, t.k, -t.bias[group]),
+                                dev::fma_rn(offset[group], t.qsum[group], logit));
+          }
+          w[mt][0][nt][2 * half + u] = logit;
         }
       }
-      v_weight[mt][half] = dev::f16_to_float(static_cast<uint16_t>(v_params));
-      v_extra[mt][half] =
-          dev::fma_rn(kCodeCentre, v_weight[mt][half], dev::f16_to_float(static_cast<uint16_t>(v_params >> 16)));
-      v_scale = dev::fmax(v_scale, v_weight[mt][half]);
+      SAW_INT4_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        float& weight = v_weight[mt][group][half];
+        weight = dev::f16_to_float(static_cast<uint16_t>(v_params[group]));
+        v_extra[mt][group][half] =
+            dev::fma_rn(kCodeCentre, weight, dev::f16_to_float(static_cast<uint16_t>(v_params[group] >> 16)));
+        v_scale = dev::fmax(v_scale, weight);
+      }
     }
   }
   if (logit_cap > 0.f) {
@@ -195,8 +236,9 @@ SAW_INT4_DEVICE void attend(Softmax<D, NT>& s, const Query<D, NT>& query, uint32
       for (int nt = 0; nt < NT; ++nt) {
         SAW_INT4_UNROLL
         for (int e = 0; e < 4; ++e) {
-          const float power = dev::exp2_approx(w[mt][nt][e] * inverse);
-          w[mt][nt][e] = dev::fma_rn(-2.f * cap, dev::rcp_approx(power + 1.f), cap);
+          float& logit = w[mt][0][nt][e];
+          const float power = dev::exp2_approx(logit * inverse);
+          logit = dev::fma_rn(-2.f * cap, dev::rcp_approx(power + 1.f), cap);
         }
       }
     }
@@ -211,7 +253,7 @@ SAW_INT4_DEVICE void attend(Softmax<D, NT>& s, const Query<D, NT>& query, uint32
         for (int mt = 0; mt < MT; ++mt) {
           SAW_INT4_UNROLL
           for (int half = 0; half < 2; ++half) {
-            if (!visible(token + 16 * mt + 8 * half + g, row, masks.tree_base)) w[mt][nt][2 * half + u] = -INFINITY;
+            if (!visible(token + 16 * mt + 8 * half + g, row, masks.tree_base)) w[mt][0][nt][2 * half + u] = -INFINITY;
           }
         }
       }
@@ -224,33 +266,40 @@ SAW_INT4_DEVICE void attend(Softmax<D, NT>& s, const Query<D, NT>& query, uint32
     for (int u = 0; u < 2; ++u) {
       SAW_INT4_UNROLL
       for (int mt = 0; mt < MT; ++mt)
-        largest[nt][u] = dev::fmax(largest[nt][u], dev::fmax(w[mt][nt][u], w[mt][nt][u + 2]));
+        largest[nt][u] = dev::fmax(largest[nt][u], dev::fmax(w[mt][0][nt][u], w[mt][0][nt][u + 2]));
       moves = moves | (largest[nt][u] > s.m[nt][u] + kSlack);
     }
   }
-  if (dev::any(moves)) rescale<D, NT>(s, largest, v_scale);
+  if (dev::any(moves)) rescale(s, largest, v_scale);
 
   const float v_unit = s.v_unit();
-  uint32_t p[MT][NT][2];
+  uint32_t p[MT][kGroups][NT][2];
   SAW_INT4_UNROLL
   for (int mt = 0; mt < MT; ++mt) {
     SAW_INT4_UNROLL
-    for (int half = 0; half < 2; ++half) v_weight[mt][half] *= v_unit;
+    for (int group = 0; group < kGroups; ++group) {
+      SAW_INT4_UNROLL
+      for (int half = 0; half < 2; ++half) v_weight[mt][group][half] *= v_unit;
+    }
     if (masked)
-      weigh<true, D, NT>(s, w[mt], v_weight[mt], v_extra[mt]);
+      weigh<true>(s, w[mt], v_weight[mt], v_extra[mt]);
     else
-      weigh<false, D, NT>(s, w[mt], v_weight[mt], v_extra[mt]);
+      weigh<false>(s, w[mt], v_weight[mt], v_extra[mt]);
     SAW_INT4_UNROLL
-    for (int nt = 0; nt < NT; ++nt) {
-      p[mt][nt][0] = dev::movmatrix_trans_b16(dev::pack_f16x2(w[mt][nt][0], w[mt][nt][1]));
-      p[mt][nt][1] = dev::movmatrix_trans_b16(dev::pack_f16x2(w[mt][nt][2], w[mt][nt][3]));
+    for (int group = 0; group < kGroups; ++group) {
+      SAW_INT4_UNROLL
+      for (int nt = 0; nt < NT; ++nt) {
+        const auto& x = w[mt][group][nt];
+        p[mt][group][nt][0] = dev::movmatrix_trans_b16(dev::pack_f16x2(x[0], x[1]));
+        p[mt][group][nt][1] = dev::movmatrix_trans_b16(dev::pack_f16x2(x[2], x[3]));
+      }
     }
   }
 
   SAW_INT4_UNROLL
   for (int mt = 0; mt < MT; ++mt) {
     SAW_INT4_UNROLL
-    for (int wg = 0; wg < Softmax<D, NT>::kWordGroups; ++wg) {
+    for (int wg = 0; wg < s.kWordGroups; ++wg) {
       const int word = 8 * wg + 8 <= kRowWords || 8 * wg + g < kRowWords ? 8 * wg + g : kRowWords - 1;
       const uint32_t at = v_row + (16 * mt + 2 * c) * stride + 4 * word;
       const auto t0 = dev::ld_shared<uint32_t>(at), t1 = dev::ld_shared<uint32_t>(at + stride);
@@ -264,19 +313,22 @@ SAW_INT4_DEVICE void attend(Softmax<D, NT>& s, const Query<D, NT>& query, uint32
       for (int i = 0; i < 4; ++i) {
         SAW_INT4_UNROLL
         for (int nt = 0; nt < NT; ++nt)
-          dev::mma_m16n8k16_f16(s.o[nt][4 * wg + i], {even01[i], odd01[i], even89[i], odd89[i]}, p[mt][nt]);
+          dev::mma_m16n8k16_f16(s.o[nt][4 * wg + i], {even01[i], odd01[i], even89[i], odd89[i]},
+                                p[mt][group_of_channel(2 * i, kGroups)][nt]);
       }
     }
   }
 }
 
 // The tiles of `piece`, pipelined; leaves the block's softmax state in registers and no copy in flight.
-template <int D, int NT>
-SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const DecodePlan& plan, const Piece& piece) {
+template <int D, int NT, int kGroups>
+SAW_INT4_DEVICE void run_tiles(Softmax<D, NT, kGroups>& s, const DecodeParams& p, const DecodePlan& plan,
+                               const Piece& piece) {
   const uint32_t base = dev::shared_base();
   const int thread = dev::thread_index(), stages = plan.stages, tile_tokens = plan.tile_tokens;
-  const int token_bytes = p.num_kv_heads * row_bytes(D);
-  const int block_head_bytes = piece.kv_head * row_bytes(D);
+  constexpr int kRowBytes = row_bytes(D, kGroups);
+  const int token_bytes = p.num_kv_heads * kRowBytes;
+  const int block_head_bytes = piece.kv_head * kRowBytes;
   const int inside_chunk = block_head_bytes % plan.chunk_bytes;
   const TileSource source{p.slot_table + piece.table_row * p.table_stride, block_head_bytes - inside_chunk, token_bytes,
                           piece.seq_len};
@@ -332,13 +384,13 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
   for (int turn = 0; turns.has(turn); ++turn) {
     const RawQuery<D> raw = raw_query;
     raw_query = fetch_query(p, piece.rows, piece.kv_head, turns, turn + 1);
-    transform_query(p, piece.kv_head, turns, turn, raw, base + plan.query_offset);
+    transform_query<kGroups>(p, piece.kv_head, turns, turn, raw, base + plan.query_offset);
   }
   dev::block_sync();
   const int head = dev::warp_id() / plan.ways, way = dev::warp_id() % plan.ways;
-  const uint32_t my_rows = (way * kTokensPerWarp) * plan.token_stride + inside_chunk + head * row_bytes(D);
-  Query<D, NT> query;
-  query.shared = base + plan.query_offset + head * query_bytes(D, NT);
+  const uint32_t my_rows = (way * kTokensPerWarp) * plan.token_stride + inside_chunk + head * kRowBytes;
+  Query<D, NT, kGroups> query;
+  query.shared = base + plan.query_offset + head * query_bytes(D, NT, kGroups);
   query.load();
 
   int stage = 0;
@@ -357,7 +409,7 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT>& s, const DecodeParams& p, const D
     const int token = tile * tile_tokens + way * kTokensPerWarp;
     const bool masked = token + kTokensPerWarp > unmasked_end || token < unmasked_begin;
     const uint32_t k_row = base + stage * plan.stage_bytes + my_rows;
-    constexpr int kMT = token_tiles(D, NT, dev::kMeasuredArch);
+    constexpr int kMT = token_tiles(D, NT, kGroups, dev::kMeasuredArch);
     for (int t = 0; t < kTokensPerWarp; t += 16 * kMT)
       attend<kMT>(s, query, k_row + t * plan.token_stride, k_row + plan.stage_bytes / 2 + t * plan.token_stride,
                   plan.token_stride, token + t, masked, masks, p.logit_cap);
@@ -381,8 +433,9 @@ SAW_INT4_DEVICE uint8_t* piece_memory(const DecodeParams& p, const DecodePlan& p
 }
 
 // The softmax states of the block's warps to finished rows, or to the block's slot of the workspace.
-template <int D, int NT>
-SAW_INT4_DEVICE void write_piece(Softmax<D, NT>& s, const DecodeParams& p, const DecodePlan& plan, const Piece& piece) {
+template <int D, int NT, int kGroups>
+SAW_INT4_DEVICE void write_piece(Softmax<D, NT, kGroups>& s, const DecodeParams& p, const DecodePlan& plan,
+                                 const Piece& piece) {
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
   const uint32_t records = dev::shared_base(), mine = records + dev::warp_id() * kRowsPerTile * Record<D>::kBytes;
   const float unit = s.v_cap * (1.f / (1 << kWeightBits));
@@ -391,16 +444,19 @@ SAW_INT4_DEVICE void write_piece(Softmax<D, NT>& s, const DecodeParams& p, const
     dev::block_sync();  // the stages, or the row tile before, are no longer read
     SAW_INT4_UNROLL
     for (int u = 0; u < 2; ++u) {
-      float l = s.l[nt][u], extra = s.extra[nt][u];
+      float l = s.l[nt][u], extra[kGroups];
+      SAW_INT4_UNROLL
+      for (int group = 0; group < kGroups; ++group) extra[group] = s.extra[group][nt][u];
       SAW_INT4_UNROLL
       for (int mask = 4; mask < 32; mask *= 2) {
         l += dev::shfl_xor(l, mask);
-        extra += dev::shfl_xor(extra, mask);
+        SAW_INT4_UNROLL
+        for (int group = 0; group < kGroups; ++group) extra[group] += dev::shfl_xor(extra[group], mask);
       }
       const uint32_t record = mine + (2 * c + u) * Record<D>::kBytes;
       if (g == 0) dev::st_shared(record + Record<D>::kSumsAt, float2{s.m[nt][u], l});
       SAW_INT4_UNROLL
-      for (int wg = 0; wg < Softmax<D, NT>::kWordGroups; ++wg) {
+      for (int wg = 0; wg < s.kWordGroups; ++wg) {
         const int word = 8 * wg + g;
         if (word >= D / kCodesPerWord) continue;
         const uint32_t at = record + word * kCodesPerWord * 4;
@@ -408,8 +464,9 @@ SAW_INT4_DEVICE void write_piece(Softmax<D, NT>& s, const DecodeParams& p, const
         for (int half = 0; half < 2; ++half) {
           const auto& a = s.o[nt][4 * wg + 2 * half];
           const auto& b = s.o[nt][4 * wg + 2 * half + 1];
-          dev::st_shared(at + 16 * half, float4{dev::fma_rn(a[u], unit, extra), dev::fma_rn(a[u + 2], unit, extra),
-                                                dev::fma_rn(b[u], unit, extra), dev::fma_rn(b[u + 2], unit, extra)});
+          const float x = extra[group_of_channel(4 * half, kGroups)];
+          dev::st_shared(at + 16 * half, float4{dev::fma_rn(a[u], unit, x), dev::fma_rn(a[u + 2], unit, x),
+                                                dev::fma_rn(b[u], unit, x), dev::fma_rn(b[u + 2], unit, x)});
         }
       }
     }
@@ -487,8 +544,9 @@ SAW_INT4_DEVICE bool arrives_last(const DecodeParams& p, const Piece& piece, uin
   return true;
 }
 
-template <int D, int NT>
-SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * kMaxWarps, NT == 1 || dev::kMeasuredArch ? blocks_by_registers(D, NT) : 1)
+template <int D, int NT, int kGroups>
+SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * kMaxWarps,
+                                       NT == 1 || dev::kMeasuredArch ? blocks_by_registers(D, NT, kGroups) : 1)
     saw_int4_decode_kernel(const DecodeParams p, const DecodePlan plan) {
   const uint32_t scratch = dev::shared_base() + plan.scratch_offset;
   const Cursor<NT> cursor(scratch);
@@ -496,10 +554,10 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * kMaxWarps, NT == 1 || dev::kMeasured
   dev::block_sync();
   while (cursor.has_piece()) {
     const Piece piece = cursor.piece(plan);
-    Softmax<D, NT> state;
-    reset<D, NT>(state);
-    run_tiles<D, NT>(state, p, plan, piece);
-    write_piece<D, NT>(state, p, plan, piece);
+    Softmax<D, NT, kGroups> state;
+    reset(state);
+    run_tiles(state, p, plan, piece);
+    write_piece(state, p, plan, piece);
     if (piece.pieces > 1 && arrives_last(p, piece, scratch + cursor.kFreeAt)) merge_run<D>(p, plan, piece);
     dev::block_sync();
     cursor.next(p, plan);

@@ -8,8 +8,8 @@
 //
 // Scores (in units of log2): a key with codes x, scale a and offset o gives
 //     k * (a * (q'.biased(x) - 1024 sum(r)) + o * qsum) + c0,    r: the rounded operands
-// with k = sm_scale * log2(e) * (power of two), c0 = log2(e) * sm_scale * q.mu. Both sums are those of the rounded
-// operands, so the bias cancels to the last bit of the accumulator.
+// (for each group of channels, summed before c0 is added) with k = sm_scale * log2(e) * (power of two), c0 = log2(e) *
+// sm_scale * q.mu. Both sums are those of the rounded operands, so the bias cancels to the last bit of the accumulator.
 #pragma once
 
 #include "common/rows.cuh"
@@ -33,25 +33,27 @@ SAW_INT4_DEVICE void widen_four(const uint2& v, bool is_fp16, float* x) {
 }
 
 // What turns the accumulators of query rows 8*nt + 2c + u, u = 0, 1, into logits: see above.
+template <int kGroups>
 struct ScoreTerms {
-  float k, bias, qsum, c0;  // bias and qsum are multiplied by k already
+  float k = 0.f, c0 = 0.f, bias[kGroups] = {}, qsum[kGroups] = {};  // bias and qsum are multiplied by k already
 };
 
-template <int D, int NT>
+template <int D, int NT, int kGroups>
 struct Query {
   static constexpr int kWords = query_words_per_lane(D);
   static constexpr bool kInRegisters = query_in_registers(NT);
   static constexpr int kTermsAt = NT * kWords * 512;  // bytes of fragments before the terms, in shared memory
-  static_assert(kTermsAt + NT * kRowsPerTile * 16 == query_bytes(D, NT));
+  static constexpr int kTermsBytes = score_terms_bytes(kGroups);  // of a row
+  static_assert(kTermsAt + NT * kRowsPerTile * kTermsBytes == query_bytes(D, NT, kGroups));
 
   uint4 registers[kInRegisters ? NT : 1][kInRegisters ? kWords : 1];
-  ScoreTerms register_terms[kInRegisters ? NT : 1][2];
+  ScoreTerms<kGroups> register_terms[kInRegisters ? NT : 1][2];
   uint32_t shared;  // address of the KV head's fragments and terms
 
   SAW_INT4_DEVICE uint4 fragment(int nt, int j) const {
     return kInRegisters ? registers[nt][j] : shared_fragment(nt, j);
   }
-  SAW_INT4_DEVICE ScoreTerms terms(int nt, int u) const {
+  SAW_INT4_DEVICE ScoreTerms<kGroups> terms(int nt, int u) const {
     return kInRegisters ? register_terms[nt][u] : shared_terms(nt, u);
   }
   // Takes the head's rows out of shared memory for good, where registers have room for them.
@@ -71,10 +73,20 @@ struct Query {
   SAW_INT4_DEVICE uint4 shared_fragment(int nt, int j) const {
     return dev::ld_shared<uint4>(shared + (nt * kWords + j) * 512 + dev::lane_id() * 16);
   }
-  SAW_INT4_DEVICE ScoreTerms shared_terms(int nt, int u) const {
-    const int row = nt * kRowsPerTile + 2 * (dev::lane_id() % 4) + u;
-    const auto t = dev::ld_shared<float4>(shared + kTermsAt + row * 16);
-    return {t.x, t.y, t.z, t.w};
+  SAW_INT4_DEVICE ScoreTerms<kGroups> shared_terms(int nt, int u) const {
+    const uint32_t at = shared + kTermsAt + (nt * kRowsPerTile + 2 * (dev::lane_id() % 4) + u) * kTermsBytes;
+    const auto first = dev::ld_shared<float4>(at);
+    ScoreTerms<kGroups> t;
+    t.k = first.x;
+    t.bias[0] = first.y;
+    t.qsum[0] = first.z;
+    t.c0 = first.w;
+    if constexpr (kGroups > 1) {
+      const auto second = dev::ld_shared<float2>(at + 16);
+      t.bias[1] = second.x;
+      t.qsum[1] = second.y;
+    }
+    return t;
   }
 };
 
@@ -124,16 +136,16 @@ SAW_INT4_DEVICE RawQuery<D> fetch_query(const DecodeParams& p, const QueryRows& 
 }
 
 // The lane's channels as MMA operands; the row's terms, the same in all its lanes.
-template <int D>
+template <int D, int kGroups>
 struct TransformedQuery {
   uint32_t pairs[QueryLanes<D>::kChannels / 2] = {};
-  ScoreTerms terms{0.f, 0.f, 0.f, 0.f};
+  ScoreTerms<kGroups> terms;
 };
 
 // channel: the lane's first, of all KV heads; in_row: the lane has any.
-template <int D>
-SAW_INT4_DEVICE TransformedQuery<D> transform_row(const DecodeParams& p, const RawQuery<D>& raw, int channel,
-                                                  bool in_row) {
+template <int kGroups, int D>
+SAW_INT4_DEVICE TransformedQuery<D, kGroups> transform_row(const DecodeParams& p, const RawQuery<D>& raw, int channel,
+                                                           bool in_row) {
   constexpr int N = QueryLanes<D>::kChannels, kLanes = QueryLanes<D>::kLanes;
   const int order = p.transform.rotation_order;
   const bool calibrated = p.transform.k_mean != nullptr && in_row;
@@ -177,45 +189,65 @@ SAW_INT4_DEVICE TransformedQuery<D> transform_row(const DecodeParams& p, const R
   uint32_t exponent = (dev::float_bits(largest) >> 23) + 1;
   exponent = exponent > 253 ? 253 : exponent;
   const float shrink = dev::bits_float((254 - exponent) << 23), grow = dev::bits_float(exponent << 23);
-  float rounded_sum = 0.f, qsum = 0.f;
-  TransformedQuery<D> q;
+  float rounded_sum[kGroups] = {}, qsum[kGroups] = {};
+  TransformedQuery<D, kGroups> q;
   SAW_INT4_UNROLL
   for (int i = 0; i < N / 2; ++i) {
     const float factor = i % 2 ? shrink / kOddPairFactor : shrink;
     q.pairs[i] = dev::pack_f16x2(x[2 * i] * factor, x[2 * i + 1] * factor);
     const float r0 = dev::f16_to_float(static_cast<uint16_t>(q.pairs[i]));
     const float r1 = dev::f16_to_float(static_cast<uint16_t>(q.pairs[i] >> 16));
-    rounded_sum += r0 + r1;
-    qsum = dev::fma_rn(i % 2 ? kOddPairFactor : 1.f, r0 + r1, qsum);
+    const int g = N < kCodesPerWord ? 0 : group_of_channel(2 * i, kGroups);
+    rounded_sum[g] += r0 + r1;
+    qsum[g] = dev::fma_rn(i % 2 ? kOddPairFactor : 1.f, r0 + r1, qsum[g]);
+  }
+  if constexpr (kGroups > 1 && N < kCodesPerWord) {  // all the lane's channels are of one group
+    if (group_of_channel(channel, kGroups) == 1) {
+      rounded_sum[1] = rounded_sum[0];
+      qsum[1] = qsum[0];
+      rounded_sum[0] = qsum[0] = 0.f;
+    }
   }
   SAW_INT4_UNROLL
   for (int mask = 1; mask < kLanes; mask *= 2) {
-    rounded_sum += dev::shfl_xor(rounded_sum, mask);
-    qsum += dev::shfl_xor(qsum, mask);
+    SAW_INT4_UNROLL
+    for (int g = 0; g < kGroups; ++g) {
+      rounded_sum[g] += dev::shfl_xor(rounded_sum[g], mask);
+      qsum[g] += dev::shfl_xor(qsum[g], mask);
+    }
     mean_score += dev::shfl_xor(mean_score, mask);
   }
   const float unit = p.sm_scale * kLog2e, k = unit * hadamard_norm(order) * grow;
-  q.terms = {k, k * (kCodeBias * rounded_sum), k * qsum, unit * mean_score};
+  q.terms.k = k;
+  q.terms.c0 = unit * mean_score;
+  SAW_INT4_UNROLL
+  for (int g = 0; g < kGroups; ++g) {
+    q.terms.bias[g] = k * (kCodeBias * rounded_sum[g]);
+    q.terms.qsum[g] = k * qsum[g];
+  }
   return q;
 }
 
 // Transforms one turn's rows to fragments and terms in shared memory; rows not in use become zeros.
-template <int D, int NT>
+template <int kGroups, int D, int NT>
 SAW_INT4_DEVICE void transform_query(const DecodeParams& p, int kv_head, const QueryTurns<D, NT>& turns, int turn,
                                      const RawQuery<D>& raw, uint32_t shared) {
-  using Fragments = Query<D, NT>;
+  using Fragments = Query<D, NT, kGroups>;
   const int channel = QueryLanes<D>::channel(), row = turns.row(turn), head = turns.head(turn);
-  TransformedQuery<D> q;
-  if (turns.any_used(turn)) q = transform_row<D>(p, raw, (kv_head + head) * D + channel, turns.used(turn));
-  const uint32_t at = shared + head * query_bytes(D, NT);
+  TransformedQuery<D, kGroups> q;
+  if (turns.any_used(turn)) q = transform_row<kGroups>(p, raw, (kv_head + head) * D + channel, turns.used(turn));
+  const uint32_t at = shared + head * query_bytes(D, NT, kGroups);
   const int word = channel / kCodesPerWord, nt = row / kRowsPerTile, g = row % kRowsPerTile;
   const uint32_t fragment = at + (nt * Fragments::kWords + word / 4) * 512 + (4 * g + word % 4) * 16;
   SAW_INT4_UNROLL
   for (int i = 0; i < QueryLanes<D>::kChannels / 2; i += 2)
     if (word < 4 * Fragments::kWords)
       dev::st_shared(fragment + channel % kCodesPerWord * 2 + 4 * i, uint2{q.pairs[i], q.pairs[i + 1]});
-  if (channel == 0)
-    dev::st_shared(at + Fragments::kTermsAt + row * 16, float4{q.terms.k, q.terms.bias, q.terms.qsum, q.terms.c0});
+  if (channel == 0) {
+    const uint32_t terms = at + Fragments::kTermsAt + row * Fragments::kTermsBytes;
+    dev::st_shared(terms, float4{q.terms.k, q.terms.bias[0], q.terms.qsum[0], q.terms.c0});
+    if constexpr (kGroups > 1) dev::st_shared(terms + 16, float2{q.terms.bias[1], q.terms.qsum[1]});
+  }
 }
 
 }  // namespace saw_int4

@@ -15,8 +15,10 @@ inline void gather(const GatherParams& p, Stream stream) {
   dispatch_head_dim(p.head_dim, op, [&](auto head_dim) {
     const int blocks = row_blocks(p.num_tokens, p.num_kv_heads, kGatherRows<head_dim()>, op);
     dispatch_dtype(p.dtype, [&](auto dtype) {
-      launch("saw_int4_gather_kernel", saw_int4_gather_kernel<head_dim(), dtype()>, blocks, kGatherThreads, 0, stream,
-             p);
+      dispatch_groups(p.groups, op, [&](auto groups) {
+        launch("saw_int4_gather_kernel", saw_int4_gather_kernel<head_dim(), dtype(), groups()>, blocks, kGatherThreads,
+               0, stream, p);
+      });
     });
   });
 }

@@ -74,6 +74,7 @@ class DecodeCase:
     sink: bool = False
     tree: bool = False
     kv_scale: float = 1.0
+    groups: int = 1
     seed: int = 0
 
 
@@ -132,7 +133,7 @@ def make_decode(case: DecodeCase) -> DecodeInputs:
     tokens = sum(case.seq_lens)
     k = torch.randn(tokens, H_kv, D, generator=g) * case.kv_scale + vectors.get("mean", torch.zeros(H_kv, D))
     v = torch.randn(tokens, H_kv, D, generator=g) * torch.rand(tokens, 1, 1, generator=g) * 2 + 0.5
-    caches = [torch.full((num_slots, H_kv, row_bytes(D)), 0xFF, dtype=torch.uint8) for _ in range(2)]
+    caches = [torch.full((num_slots, H_kv, row_bytes(D, case.groups)), 0xFF, dtype=torch.uint8) for _ in range(2)]
     used = [slot_table[r, :n] for r, n in zip(table_rows.tolist(), case.seq_lens)]
     k_options = {f"k_{name}": vectors[name] for name in ("mean", "inv_scale", "sign") if vectors}
     slots = torch.cat([torch.empty(0, dtype=torch.int64), *(u.long() for u in used)])

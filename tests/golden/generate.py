@@ -1,4 +1,5 @@
-"""Writes tests/golden/rows.txt from the oracle. Run once for each FORMAT_VERSION: the file is the frozen format.
+"""Writes tests/golden/rows.txt, and rows_2_groups.txt, from the oracle. Run once for each FORMAT_VERSION: the files are
+the frozen format.
 
 A line: name, head_dim, rotation order, calibrated (mean 1/8, inv_scale 3/4 and alternating signs) or plain, the row's
 bfloat16 input as hex, the row's bytes as hex.
@@ -42,19 +43,27 @@ def inputs(head_dim: int) -> dict[str, torch.Tensor]:
     }
 
 
-def main() -> None:
+def lines_of(groups: int, shapes: tuple[tuple[int, int], ...]) -> list[str]:
+    """One line for each row and transform, of every (head_dim, rotation order)."""
     lines = []
-    for head_dim, order in ((16, 16), (64, 1), (64, 64), (80, 16), (128, 16), (128, 128), (256, 256)):
+    for head_dim, order in shapes:
         for calibrated in (False, True):
             for name, row in inputs(head_dim).items():
                 x = row.bfloat16()
                 vectors = calibration(head_dim) if calibrated else {}
                 renamed = {key.removeprefix("k_"): value for key, value in vectors.items()}
-                data = reference.quantize_rows(reference.transform_keys(x[None, None], order, **renamed))[0, 0]
+                keys = reference.transform_keys(x[None, None], order, **renamed)
+                data = reference.quantize_rows(keys, groups)[0, 0]
                 source = x.view(torch.int16).numpy().astype("<i2").tobytes().hex()
                 kind = "calibrated" if calibrated else "plain"
                 lines.append(f"{name} {head_dim} {order} {kind} {source} {bytes(data.tolist()).hex()}\n")
-    (HERE / "rows.txt").write_text("".join(lines))
+    return lines
+
+
+def main() -> None:
+    one = lines_of(1, ((16, 16), (64, 1), (64, 64), (80, 16), (128, 16), (128, 128), (256, 256)))
+    (HERE / "rows.txt").write_text("".join(one))
+    (HERE / "rows_2_groups.txt").write_text("".join(lines_of(2, ((16, 16), (64, 1), (64, 64), (80, 16), (128, 128)))))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,5 @@
+#include "decode/decode_launch.cuh"
+
+namespace saw_int4 {
+template void launch_decode<128, 2>(const DecodeParams&, const DecodePlan&, Stream);
+}

@@ -6,6 +6,7 @@ They are read once, in the process that starts a server, and travel to every oth
     SAW_INT4_ROTATION                auto | none | k | kv      what is rotated (default auto)
     SAW_INT4_ROTATION_ORDER          power of two | head_dim   block of the Hadamard rotation (default head_dim)
     SAW_INT4_CALIBRATION             auto | none | PATH        artifact of saw-int4 calibrate (default auto)
+    SAW_INT4_GROUPS                  1 | 2                     scales per row: 2 cost 4 bytes (default 1)
     SAW_INT4_BF16_LAYERS             0,3-5,first:2,last:1      layers that stay in BF16 (default none of them)
     SAW_INT4_BATCH_INVARIANT         1                         on a GPU, decode's bits do not depend on the batch
     SAW_INT4_CPU_PLATFORM            1                         run SGLang on plain CPU (no GPU needed)
@@ -24,12 +25,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from saw_int4 import layers
-from saw_int4.format import KVFormat, default_rotation_order
+from saw_int4.format import MAX_GROUPS, KVFormat, default_rotation_order
 
 ROTATION = "SAW_INT4_ROTATION"
 ROTATION_ORDER = "SAW_INT4_ROTATION_ORDER"
 RESOLVED = "SAW_INT4_RESOLVED"
 CALIBRATION = "SAW_INT4_CALIBRATION"
+GROUPS = "SAW_INT4_GROUPS"
 BF16_LAYERS = "SAW_INT4_BF16_LAYERS"
 BATCH_INVARIANT = "SAW_INT4_BATCH_INVARIANT"
 CPU_PLATFORM = "SAW_INT4_CPU_PLATFORM"
@@ -48,6 +50,7 @@ class Options:
         order: block of the rotation, or None for the largest that the model's head_dim allows.
         calibration: path of a calibration artifact, "none", or "auto" until the model is known: the process that
             starts a server puts the model's own artifact in its place, or "none" where it has none.
+        groups: see ``saw_int4.format.KVFormat``.
         bf16_layers: layers that stay in BF16, as ``saw_int4.layers`` reads them; numbers once the model is known.
         batch_invariant: see ``saw_int4.ops.decode_attention``.
     """
@@ -55,6 +58,7 @@ class Options:
     rotation: str = "auto"
     order: int | None = None
     calibration: str = "auto"
+    groups: int = 1
     bf16_layers: str = ""
     batch_invariant: bool = False
 
@@ -72,7 +76,8 @@ class Options:
             raise ValueError(
                 f"{ROTATION} is none, but {ROTATION_ORDER} asks for rotation order {self.order}. Leave one of them out."
             )
-
+        if self.groups not in range(1, MAX_GROUPS + 1):
+            raise ValueError(f"{GROUPS} (--saw-groups) is {self.groups}, expected 1 or {MAX_GROUPS}.")
         self._about_layers(layers.parse, self.bf16_layers)
 
     def _about_layers(self, function, *args):
@@ -99,10 +104,10 @@ class Options:
         order = 1 if self.rotation == "none" else order
         fingerprint, rotate_v = "none", self.rotation == "kv"
         if (calibration := self.load_calibration()) is not None:
-            calibration.check(head_dim=head_dim, rotation_order=order)
+            calibration.check(head_dim=head_dim, rotation_order=order, groups=self.groups)
             fingerprint = calibration.fingerprint
             rotate_v = rotate_v or (self.rotation == "auto" and calibration.manifest["rotate_v"])
-        return KVFormat(head_dim, order, rotate_v=rotate_v, calibration=fingerprint)
+        return KVFormat(head_dim, order, rotate_v=rotate_v, calibration=fingerprint, groups=self.groups)
 
     def load_calibration(self):
         """The ``saw_int4.calibration.artifact.Calibration``, or None. ValueError where the artifact is no good."""
@@ -153,9 +158,12 @@ def resolve(environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]
     if calibration not in ("none", "auto"):
         calibration = str(Path(calibration).resolve())
     rotation = Options.rotation if rotation is None else rotation
+    groups = environ.get(GROUPS, "").strip() or "1"
+    if not groups.isdigit():
+        raise ValueError(f"{GROUPS} (--saw-groups) is {groups!r}, expected 1 or {MAX_GROUPS}.")
     bf16_layers = environ.get(BF16_LAYERS, "").strip()
     invariant = bool(flag(BATCH_INVARIANT, environ))
-    return Options(rotation, order, calibration, bf16_layers, batch_invariant=invariant), notes
+    return Options(rotation, order, calibration, int(groups), bf16_layers, batch_invariant=invariant), notes
 
 
 def publish(options: Options) -> None:

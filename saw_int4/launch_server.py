@@ -36,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
         "saw-int4 calibrate (default: auto)",
     )
     flags.add_argument(
+        "--saw-groups",
+        choices=("1", "2"),
+        help="scales and offsets per row of a head: two are more exact, and take 4 bytes more (default: 1)",
+    )
+    flags.add_argument(
         "--saw-bf16-layers",
         metavar="LAYERS",
         help="layers that stay in BF16: numbers, ranges, first:N, last:N, separated by commas (default: none of them)",
@@ -47,6 +52,7 @@ VARIABLES = {
     "saw_rotation": env.ROTATION,
     "saw_rotation_order": env.ROTATION_ORDER,
     "saw_calibration": env.CALIBRATION,
+    "saw_groups": env.GROUPS,
     "saw_bf16_layers": env.BF16_LAYERS,
 }
 

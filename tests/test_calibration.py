@@ -155,14 +155,15 @@ def test_fit_does_not_see_how_a_checkpoint_splits_scale():
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_first_key_falls_on_the_grid():
+@pytest.mark.parametrize("groups", [1, 2])
+def test_first_key_falls_on_the_grid(groups):
     statistics = statistics_of(attention_call(7))
     loose = fit.signed(fit.balanced(statistics), statistics, D)
-    tight = fit.align(loose, statistics, D)
+    tight = fit.align(loose, statistics, D, groups)
 
     def error(transform):
         key = transform.forward(statistics.first_key[None], D)
-        return float((fit.round_trip(key) - key).norm())
+        return float((fit.round_trip(key, groups) - key).norm())
 
     assert error(tight) < 1e-2 * error(loose)
     moved = ((tight.mean - loose.mean) / loose.scale).norm() / D**0.5
@@ -240,7 +241,9 @@ def test_damage_is_an_error(calibration, tmp_path):
         artifact.load(path)
 
 
-@pytest.mark.parametrize("field", ["model", "format_version", "head_dim", "num_kv_heads", "rotation_order", "layers"])
+@pytest.mark.parametrize(
+    "field", ["model", "format_version", "head_dim", "num_kv_heads", "rotation_order", "groups", "layers"]
+)
 def test_a_mismatch_names_its_field(calibration, field):
     fields = {name: calibration.manifest[name] for name in ("model", "head_dim", "rotation_order", "layers")}
     calibration.check(**fields)
@@ -274,10 +277,12 @@ def test_fingerprint_follows_the_weights(checkpoint, tmp_path):
 def test_command(checkpoint, tmp_path, capsys):
     (tmp_path / "text").write_text("A text of some length, which is repeated. " * 40)
     out = tmp_path / "a.safetensors"
-    cli.main(["calibrate", "--model", str(checkpoint), "--text", str(tmp_path / "text"), "--out", str(out)])
+    arguments = ["calibrate", "--model", str(checkpoint), "--text", str(tmp_path / "text"), "--out", str(out)]
+    cli.main([*arguments, "--groups", "2"])
     assert artifact.load(out).manifest["text"]["builtin"] is False
+    assert artifact.load(out).manifest["groups"] == 2
     said = capsys.readouterr().out
-    assert f"--saw-calibration {out}" in said and "adds 3.67 bits" in said  # (16 - 5) / 3 layers
+    assert f"--saw-calibration {out} --saw-groups 2" in said and "adds 3.33 bits" in said  # (16 - 6) / 3 layers
     layer, head = re.search(r"worst heads \(layer\.head\): (\d+)\.(\d+)", said).groups()
     divergences = [layer["kl"] for layer in artifact.load(out).manifest["statistics"]]
     assert divergences[int(layer)][int(head)] == max(max(kl) for kl in divergences)
@@ -307,11 +312,11 @@ def test_perplexity_does_not_see_how_a_checkpoint_splits_scale(tmp_path):
 def test_automatic_calibration_runs_once(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
-    path = automatic.artifact_for(str(checkpoint), 32, "cpu")
+    path = automatic.artifact_for(str(checkpoint), 32, 1, "cpu")
     assert path.is_relative_to(tmp_path)
     artifact.load(path).check(model=model_fingerprint(checkpoint), rotation_order=32)
     made = path.stat().st_mtime_ns
-    assert automatic.artifact_for(str(checkpoint), 32, "cpu") == path
+    assert automatic.artifact_for(str(checkpoint), 32, 1, "cpu") == path
     assert path.stat().st_mtime_ns == made
     with pytest.raises(ValueError, match="could not be calibrated: .*order is 48"):
-        automatic.artifact_for(str(checkpoint), 48, "cpu")
+        automatic.artifact_for(str(checkpoint), 48, 1, "cpu")

@@ -101,10 +101,10 @@ def test_layers_are_left_alone(sample):
 def test_bits_count_the_parameters(head_dim, bits):
     known = methods(head_dim)
     assert known["bf16"].bits(head_dim, 30) == 16
-    assert {m.bits(head_dim, 30) for m in known.values() if m.ours} == {bits}
+    assert {m.bits(head_dim, 30) for m in known.values() if m.ours} == {bits, 4 + 64 / head_dim}
     edges = keeping(known["calibrated-kv"], "first:1+last:1", 30)
     assert edges.bits(head_dim, 30) == pytest.approx((2 * 16 + 28 * bits) / 30)
-    assert known["trial-groups"].bits(head_dim, 30) == 4 + 64 / head_dim
+    assert known["calibrated-kv-2g"].bits(head_dim, 30) == 4 + 64 / head_dim
     assert known["mixed"].bits(head_dim, 30) == pytest.approx(((7 * 4 + 8) / 8 + 4 + 96 / head_dim) / 2)
 
 

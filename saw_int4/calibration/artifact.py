@@ -77,7 +77,8 @@ def build(layers: dict[int, KeyTransform], **manifest) -> Calibration:
     """A calibration from its transforms, shapes and hash filled in.
 
     Args:
-        manifest: at least ``model`` (fingerprint), ``rotation_order`` and ``rotate_v``; any JSON values.
+        manifest: at least ``model`` (fingerprint), ``rotation_order`` and ``rotate_v``; any JSON values. ``groups``
+            of the rows that it was fitted for: 1 when not given.
     """
     heads, head_dim = next(iter(layers.values())).mean.shape
     manifest = {
@@ -86,6 +87,7 @@ def build(layers: dict[int, KeyTransform], **manifest) -> Calibration:
         "layers": sorted(layers),
         "num_kv_heads": heads,
         "head_dim": head_dim,
+        "groups": 1,
         **manifest,
     }
     manifest["hash"] = _hash(layers, manifest["rotation_order"])
@@ -132,6 +134,7 @@ def load(path: Path) -> Calibration:
                 f"calibration artifact {path}: {field} is {manifest.get(field)}, this version reads {value}. "
                 "Calibrate again: saw-int4 calibrate."
             )
+    manifest.setdefault("groups", 1)  # artifacts from before rows could have two
     layers = {
         layer: KeyTransform(*(tensors[f"layers.{layer}.k_{name}"] for name in KeyTransform._fields))
         for layer in manifest["layers"]

@@ -14,7 +14,7 @@ from saw_int4.calibration.fingerprint import checkpoint_folder, model_fingerprin
 logger = logging.getLogger(__name__)
 
 
-def artifact_for(model: str, rotation_order: int, device: str) -> Path:
+def artifact_for(model: str, rotation_order: int, groups: int, device: str) -> Path:
     """The kept artifact of a checkpoint; made first where there is none.
 
     In a process of its own: what it takes of memory is free again before the server sizes its cache.
@@ -27,11 +27,11 @@ def artifact_for(model: str, rotation_order: int, device: str) -> Path:
         ValueError: the checkpoint cannot be calibrated.
     """
     model = checkpoint_folder(model)
-    path = path_of(model_fingerprint(model), rotation_order)
+    path = path_of(model_fingerprint(model), rotation_order, groups)
     if not path.exists():
         logger.info("saw_int4: calibrating %s, once; kept in %s", model, path)
         command = [sys.executable, "-m", "saw_int4.cli", "calibrate", "--model", model, "--out", str(path)]
-        command += ["--rotation-order", str(rotation_order), "--device", device]
+        command += ["--rotation-order", str(rotation_order), "--groups", str(groups), "--device", device]
         run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if run.returncode:
             reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]

@@ -21,7 +21,12 @@ TOKENS = 4096
 
 
 def calibrate(
-    model: str, text: str | None = None, rotation_order: int | None = None, tokens: int = TOKENS, device: str = "cpu"
+    model: str,
+    text: str | None = None,
+    rotation_order: int | None = None,
+    tokens: int = TOKENS,
+    device: str = "cpu",
+    groups: int = 1,
 ) -> Calibration:
     """Calibrate a checkpoint.
 
@@ -31,6 +36,7 @@ def calibrate(
         rotation_order: 1 for none; None: the largest that head_dim allows.
         tokens: at most so many are used.
         device: where the model runs.
+        groups: of the rows that the fit is for.
 
     Raises:
         ValueError: the model cannot be loaded, has no attention we know, or the text is too short.
@@ -43,8 +49,8 @@ def calibrate(
 
     def consume(call: AttentionCall, statistics: LayerStatistics) -> None:
         order = rotation_order or default_rotation_order(call.k.shape[-1])
-        KVFormat(call.k.shape[-1], order)  # ValueError where the two do not fit
-        layers[call.layer] = fit.fit_layer(statistics, order)
+        KVFormat(call.k.shape[-1], order, groups=groups)  # ValueError where they do not fit
+        layers[call.layer] = fit.fit_layer(statistics, order, groups)
 
     opening = collect.first_tokens(tokenizer, ids)
     with tqdm(total=network.config.num_hidden_layers, desc="calibrating", unit="layer") as bar:
@@ -53,6 +59,7 @@ def calibrate(
         {i: layer.transform for i, layer in layers.items()},
         model=fingerprint,
         rotation_order=rotation_order or default_rotation_order(layers[min(layers)].transform.mean.shape[-1]),
+        groups=groups,
         rotate_v=rotating_v_pays(layers),
         text={
             "sha256": hashlib.sha256((text or BUILTIN).encode()).hexdigest(),
@@ -96,7 +103,7 @@ def describe(calibration: Calibration) -> str:
     by_layer = {str(layer["layer"]): sum(layer["kl"]) / len(layer["kl"]) for layer in layers}
     by_head = {f"{layer['layer']}.{h}": kl for layer in layers for h, kl in enumerate(layer["kl"])}
     head_dim = manifest["head_dim"]
-    extra = (16 - 8 * row_bytes(head_dim) / head_dim) / len(layers)
+    extra = (16 - 8 * row_bytes(head_dim, manifest["groups"]) / head_dim) / len(layers)
     rotated, plain = (sum(layer[key] for layer in layers) / len(layers) for key in ("v_error_rotated", "v_error"))
     return "\n".join(
         [
@@ -125,6 +132,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def path_of(model: str, rotation_order: int, home: Path | None = None) -> Path:
-    """Where an artifact is kept when nobody says: one file per model fingerprint and rotation order."""
-    return (home or Path.home()) / ".cache" / "saw_int4" / f"{model}-r{rotation_order}.safetensors"
+def path_of(model: str, rotation_order: int, groups: int = 1, home: Path | None = None) -> Path:
+    """Where an artifact is kept when nobody says: one file per model fingerprint, rotation order and groups."""
+    name = f"{model}-r{rotation_order}{'' if groups == 1 else f'-g{groups}'}.safetensors"
+    return (home or Path.home()) / ".cache" / "saw_int4" / name

@@ -72,16 +72,16 @@ class LayerFit:
     v_error_rotated: float
 
 
-def fit_layer(statistics: LayerStatistics, rotation_order: int) -> LayerFit:
-    """Fit one layer for one rotation order (1: none)."""
+def fit_layer(statistics: LayerStatistics, rotation_order: int, groups: int = 1) -> LayerFit:
+    """Fit one layer for one rotation order (1: none) and rows of so many groups."""
     held_out = statistics.held_out
     candidates = {
         PLAIN: plain(statistics),
-        CENTRED: align(signed(centred(statistics), statistics, rotation_order), statistics, rotation_order),
-        BALANCED: align(signed(balanced(statistics), statistics, rotation_order), statistics, rotation_order),
+        CENTRED: align(signed(centred(statistics), statistics, rotation_order), statistics, rotation_order, groups),
+        BALANCED: align(signed(balanced(statistics), statistics, rotation_order), statistics, rotation_order, groups),
     }
     exact = attention_logits(held_out)
-    divergence = {name: key_divergence(held_out, exact, c, rotation_order) for name, c in candidates.items()}
+    divergence = {name: key_divergence(held_out, exact, c, rotation_order, groups) for name, c in candidates.items()}
     heads = range(statistics.k_mean.shape[0])
     choice = [min(candidates, key=lambda name: float(divergence[name][h])) for h in heads]
     vectors = [torch.stack([candidates[name][i][h] for h, name in enumerate(choice)]).cpu() for i in range(3)]
@@ -90,8 +90,8 @@ def fit_layer(statistics: LayerStatistics, rotation_order: int) -> LayerFit:
         choice=choice,
         kl=[float(divergence[name][h]) for h, name in enumerate(choice)],
         kl_plain=divergence[PLAIN].tolist(),
-        v_error=value_error(held_out, exact, 1),
-        v_error_rotated=value_error(held_out, exact, rotation_order),
+        v_error=value_error(held_out, exact, 1, groups),
+        v_error_rotated=value_error(held_out, exact, rotation_order, groups),
     )
 
 
@@ -121,14 +121,14 @@ def signed(transform: KeyTransform, statistics: LayerStatistics, rotation_order:
     return transform._replace(sign=torch.where(main >= 0, 1.0, -1.0).float())
 
 
-def align(transform: KeyTransform, statistics: LayerStatistics, rotation_order: int) -> KeyTransform:
+def align(transform: KeyTransform, statistics: LayerStatistics, rotation_order: int, groups: int = 1) -> KeyTransform:
     """With mu moved so that the first key is quantized without error.
 
     The rows of a grid are closed under quantization: where the transformed key is what quantization made of it, doing
     it again changes nothing. So mu takes up the error.
     """
     key = transform.forward(statistics.first_key[None], rotation_order)
-    error = ops.transform_rows(round_trip(key) - key, rotation_order=rotation_order, mul=transform.sign)[0]
+    error = ops.transform_rows(round_trip(key, groups) - key, rotation_order=rotation_order, mul=transform.sign)[0]
     return transform._replace(mean=transform.mean - error * transform.scale)
 
 
@@ -148,10 +148,10 @@ def balance(k_std: Tensor, q_rms: Tensor) -> Tensor:
     return s * (k_std / s).square().mean(-1, keepdim=True).sqrt()
 
 
-def round_trip(x: Tensor) -> Tensor:
+def round_trip(x: Tensor, groups: int = 1) -> Tensor:
     """Rows fp32 ``[T, H, D]`` as the cache gives them back; by the operators themselves, so exactly."""
     slots = torch.arange(x.shape[0], device=x.device)
-    k_rows, v_rows = (x.new_zeros(*x.shape[:2], row_bytes(x.shape[2]), dtype=torch.uint8) for _ in range(2))
+    k_rows, v_rows = (x.new_zeros(*x.shape[:2], row_bytes(x.shape[2], groups), dtype=torch.uint8) for _ in range(2))
     ops.append_kv(x, x, k_rows, v_rows, slots, rotation_order=1)
     out, same = torch.empty_like(x), torch.empty_like(x)
     ops.gather_kv(k_rows, v_rows, slots.int(), out, same)
@@ -165,12 +165,14 @@ def attention_logits(sample: HeldOut) -> Tensor:
     return logits.masked_fill(~sample.seen[:, None], float("-inf"))
 
 
-def key_divergence(sample: HeldOut, exact: Tensor, transform: KeyTransform, rotation_order: int) -> Tensor:
+def key_divergence(
+    sample: HeldOut, exact: Tensor, transform: KeyTransform, rotation_order: int, groups: int = 1
+) -> Tensor:
     """Per KV head ``[H_kv]``: mean KL(exact attention || attention over quantized keys), nats."""
     keys = transform.forward(sample.k, rotation_order)
     group = sample.q.shape[1] // sample.k.shape[1]
     # The transform is exact, so only the rows' error moves the logits.
-    error = (round_trip(keys) - keys).repeat_interleave(group, 1)
+    error = (round_trip(keys, groups) - keys).repeat_interleave(group, 1)
     shift = torch.einsum("nhd,thd->nht", transform.queries(sample.q, rotation_order), error)
     quantized = exact + shift * sample.sm_scale
     p = exact.softmax(-1)
@@ -178,11 +180,11 @@ def key_divergence(sample: HeldOut, exact: Tensor, transform: KeyTransform, rota
     return terms.sum(-1).unflatten(1, (-1, group)).mean((0, 2))
 
 
-def value_error(sample: HeldOut, exact: Tensor, rotation_order: int) -> float:
+def value_error(sample: HeldOut, exact: Tensor, rotation_order: int, groups: int = 1) -> float:
     """Relative RMS error of the attention output when only V is quantized."""
     group = sample.q.shape[1] // sample.v.shape[1]
     values = ops.transform_rows(sample.v.contiguous(), rotation_order=rotation_order)
-    error = (round_trip(values) - values).repeat_interleave(group, 1)
+    error = (round_trip(values, groups) - values).repeat_interleave(group, 1)
     p = exact.softmax(-1)
     noise = torch.einsum("nht,thd->nhd", p, error)
     signal = torch.einsum("nht,thd->nhd", p, values.repeat_interleave(group, 1))

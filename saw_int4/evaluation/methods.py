@@ -60,6 +60,9 @@ def methods(head_dim: int) -> dict[str, Method]:
     def row(head_dim: int, num_layers: int) -> float:
         return KVFormat(head_dim, 1).bits_per_element
 
+    def row_of_two_groups(head_dim: int, num_layers: int) -> float:
+        return KVFormat(head_dim, 1, groups=2).bits_per_element
+
     def transforms(samples: Samples, *steps: Callable) -> q.Transforms:
         found = {}
         for layer, sample in samples.items():
@@ -69,14 +72,14 @@ def methods(head_dim: int) -> dict[str, Method]:
             found[layer] = transform
         return found
 
-    def calibrated(samples: Samples) -> q.Transforms:
-        return {layer: fit.fit_layer(sample.statistics, full).transform for layer, sample in samples.items()}
+    def calibrated(samples: Samples, groups: int = 1) -> q.Transforms:
+        return {layer: fit.fit_layer(sample.statistics, full, groups).transform for layer, sample in samples.items()}
 
     def rows(*steps: Callable, order: int = full, rotate_v: bool = False) -> Callable[[Samples], Quantizer]:
         return lambda s: q.int4_rows(order, rotate_v, transforms(s, *steps) if steps else None)
 
-    def ours(rotate_v: bool) -> Callable[[Samples], Quantizer]:
-        return lambda s: q.int4_rows(full, rotate_v, calibrated(s))
+    def ours(rotate_v: bool, groups: int = 1) -> Callable[[Samples], Quantizer]:
+        return lambda s: q.int4_rows(full, rotate_v, calibrated(s, groups), groups)
 
     def published(order: int, rotate_v: bool = False) -> Callable[[Samples], Quantizer]:
         return lambda s: q.rotated(order, rotate_v, q.uniform, transforms(s, fit.plain))
@@ -108,6 +111,14 @@ def methods(head_dim: int) -> dict[str, Method]:
         Method("calibrated", "calibrated: the best per head", row, rotation, ours(False), ours=True),
         Method("calibrated-kv", "calibrated, V rotated", row, both, ours(True), ours=True),
         Method(
+            "calibrated-kv-2g",
+            "the same, two groups per row",
+            row_of_two_groups,
+            both + "; two parameter pairs per row",
+            ours(True, groups=2),
+            ours=True,
+        ),
+        Method(
             "trial-search",
             "calibrated, V rotated; at append the best of four ranges",
             row,
@@ -115,16 +126,9 @@ def methods(head_dim: int) -> dict[str, Method]:
             trial(lambda x: q.fitted(x, cuts=(0.0, 0.05))),
         ),
         Method(
-            "trial-groups",
-            "calibrated, V rotated; two groups per head",
-            lambda d, n: 4 + 64 / d,
-            both + "; two parameter pairs per row",
-            trial(lambda x: q.fitted(x, groups=2)),
-        ),
-        Method(
             "trial-groups-search",
-            "the same, the best of four ranges",
-            lambda d, n: 4 + 64 / d,
+            "the same, two groups per row",
+            row_of_two_groups,
             both + "; two parameter pairs per row",
             trial(lambda x: q.fitted(x, groups=2, cuts=(0.0, 0.05))),
         ),

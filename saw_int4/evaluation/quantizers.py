@@ -35,7 +35,7 @@ class LayerSample:
     v: Tensor
 
 
-def int4_rows(order: int, rotate_v: bool = False, transforms: Transforms | None = None) -> Quantizer:
+def int4_rows(order: int, rotate_v: bool = False, transforms: Transforms | None = None, groups: int = 1) -> Quantizer:
     """This package's format, by its own operators. ``transforms``: by layer; None: the rotation alone."""
 
     def quantize(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,8 @@ def int4_rows(order: int, rotate_v: bool = False, transforms: Transforms | None 
             transform = KeyTransform(*(vector.to(k.device) for vector in transforms[layer]))
             options = dict(k_mean=transform.mean, k_inv_scale=1 / transform.scale, k_sign=transform.sign)
         tokens, heads, head_dim = k.shape
-        k_rows, v_rows = (k.new_zeros(tokens, heads, row_bytes(head_dim), dtype=torch.uint8) for _ in range(2))
+        shape = (tokens, heads, row_bytes(head_dim, groups))
+        k_rows, v_rows = (k.new_zeros(shape, dtype=torch.uint8) for _ in range(2))
         slots = torch.arange(tokens, device=k.device)
         ops.append_kv(
             k.contiguous(), v.contiguous(), k_rows, v_rows, slots, rotation_order=order, rotate_v=rotate_v, **options

@@ -99,12 +99,12 @@ def _calibrated(server_args, options: env.Options) -> env.Options:
     from saw_int4.calibration.automatic import artifact_for
     from saw_int4.sglang_plugin import refusals
 
-    order = options.kv_format(model_config_of(server_args).head_dim).rotation_order
+    kv_format = options.kv_format(model_config_of(server_args).head_dim)
     device = resolved_view(server_args).device
     if device == "cuda":
         device = f"cuda:{server_args.base_gpu_id}"
     try:
-        path = artifact_for(server_args.model_path, order, device)
+        path = artifact_for(server_args.model_path, kv_format.rotation_order, kv_format.groups, device)
         calibrated = replace(options, calibration=str(path))
         refusals.check_model(server_args, calibrated)
     except ValueError as error:

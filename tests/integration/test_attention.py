@@ -24,9 +24,11 @@ H_Q, H_KV, D, PAGE = 6, 2, 64, 16
 SLOTS = 1024
 
 
-def make_backend(monkeypatch, rotation: str, calibrated: bool, device: str = "cpu") -> Int4AttentionBackend:
+def make_backend(
+    monkeypatch, rotation: str, calibrated: bool, device: str = "cpu", groups: int = 1
+) -> Int4AttentionBackend:
     """The backend over a fresh pool, without a server around it."""
-    monkeypatch.setenv(env.RESOLVED, env.Options(rotation).to_json())
+    monkeypatch.setenv(env.RESOLVED, env.Options(rotation, groups=groups).to_json())
     monkeypatch.setattr(verify, "pool", lambda model_runner: None)
     pool = Int4KVPool(
         SLOTS,
@@ -148,28 +150,31 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
 ]
-FORMATS = [  # rotation, calibrated, changes of the layer, with sinks
-    ("none", False, {}, False),
-    ("k", False, {}, False),
-    ("kv", True, {}, False),
-    ("kv", True, {}, True),
-    ("k", True, {"sliding_window_size": 20}, False),
-    ("k", True, {"logit_cap": 3.0}, True),
-    ("kv", True, {"sliding_window_size": 33, "logit_cap": 5.0}, True),
+FORMATS = [  # rotation, calibrated, groups, changes of the layer, with sinks
+    ("none", False, 1, {}, False),
+    ("k", False, 1, {}, False),
+    ("kv", True, 1, {}, False),
+    ("kv", True, 2, {}, False),
+    ("kv", True, 1, {}, True),
+    ("k", True, 1, {"sliding_window_size": 20}, False),
+    ("k", True, 1, {"logit_cap": 3.0}, True),
+    ("kv", True, 1, {"sliding_window_size": 33, "logit_cap": 5.0}, True),
 ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("capacity", [10**6, 90], ids=["whole", "pieces"])
 @pytest.mark.parametrize("fresh", [False, True], ids=["read-back", "fresh"])
-@pytest.mark.parametrize(("rotation", "calibrated", "changes", "with_sinks"), FORMATS)
-def test_backend_against_float64(monkeypatch, rotation, calibrated, changes, with_sinks, fresh, capacity, device):
+@pytest.mark.parametrize(("rotation", "calibrated", "groups", "changes", "with_sinks"), FORMATS)
+def test_backend_against_float64(
+    monkeypatch, rotation, calibrated, groups, changes, with_sinks, fresh, capacity, device
+):
     """Cold long and short requests, one on a prefix, a short one and a single token in one batch; then a decode step.
 
     With room for 90 keys the second request, of 200, is cut in rows and in keys.
     """
     torch.manual_seed(1)
-    backend = make_backend(monkeypatch, rotation, calibrated, device)
+    backend = make_backend(monkeypatch, rotation, calibrated, device, groups)
     backend.fresh, backend.capacity = fresh, capacity
     dtype, tolerance = (torch.float32, 2e-5) if device == "cpu" else (torch.bfloat16, 1e-2)
     layer = make_layer(**changes)

@@ -87,6 +87,8 @@ def test_wrong_artifacts_are_refused(calibration, monkeypatch, tmp_path):
         pool_of(monkeypatch, path, order=16)
     with pytest.raises(ValueError, match="rotation_order is 64, the server has 1"):
         pool_of(monkeypatch, path, rotation="none")
+    with pytest.raises(ValueError, match="groups is 1, the server has 2"):
+        pool_of(monkeypatch, path, groups=2)
     with pytest.raises(ValueError, match="cannot be read"):
         pool_of(monkeypatch, tmp_path / "missing")
     pool = pool_of(monkeypatch, path, heads=2)

@@ -49,6 +49,8 @@ def test_resolve(environ, rotation, order):
         ({"SAW_INT4_ROTATION_ORDER": "64", "HADAMARD_ORDER": "16"}, "Unset one of them"),
         ({"HADAMARD": "0", "ROTATE_V": "1"}, "contradict"),
         ({"HADAMARD": "perhaps"}, "expected 1 or 0"),
+        ({"SAW_INT4_GROUPS": "4"}, r"SAW_INT4_GROUPS \(--saw-groups\) is 4, expected 1 or 2"),
+        ({"SAW_INT4_GROUPS": "two"}, "is 'two', expected 1 or 2"),
     ],
 )
 def test_contradictions_are_errors(environ, said):
@@ -67,6 +69,13 @@ def test_batch_invariance():
     assert env.resolve({env.BATCH_INVARIANT: "1"})[0].batch_invariant
 
 
+def test_groups():
+    assert env.resolve({})[0].kv_format(64).row_bytes == 36
+    options = env.resolve({env.GROUPS: "2"})[0]
+    assert options.kv_format(64).row_bytes == 40 and options.kv_format(64).bits_per_element == 5
+    assert "2 groups per row" in options.kv_format(64).describe()
+
+
 def test_format_of_options():
     assert env.Options().kv_format(128) == env.Options("k").kv_format(128)  # not calibrated: keys alone
     assert env.Options().kv_format(128).rotation_order == 128
@@ -80,11 +89,12 @@ def test_format_of_options():
 
 def test_options_travel_whole(monkeypatch):
     monkeypatch.setenv(env.RESOLVED, "")
-    for options in (env.Options(), env.Options("k", 32), env.Options("none", calibration="none")):
+    for options in (env.Options(), env.Options("k", 32), env.Options("none", calibration="none", groups=2)):
         env.publish(options)
         assert env.published() == options
         assert env.published().fingerprint == options.fingerprint
-    assert len({o.fingerprint for o in (env.Options(), env.Options("k"), env.Options("kv", 64))}) == 3
+    different = env.Options(), env.Options("k"), env.Options("kv", 64), env.Options(groups=2)
+    assert len({o.fingerprint for o in different}) == 4
     monkeypatch.delenv(env.RESOLVED)
     with pytest.raises(RuntimeError, match="is not set"):
         env.published()

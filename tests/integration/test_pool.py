@@ -18,13 +18,14 @@ pytestmark = pytest.mark.both_versions
 SIZE, LAYERS, HEADS, DIM = 96, 3, 2, 64
 
 
-@pytest.fixture(params=[1, 16, 32])
+@pytest.fixture(params=[(1, 1), (16, 1), (32, 1), (16, 2)], ids=lambda p: f"page_{p[0]}-groups_{p[1]}")
 def pool(request, monkeypatch) -> Int4KVPool:
     """A pool whose slots all hold the rows of random tokens."""
-    monkeypatch.setenv(env.RESOLVED, env.Options().to_json())
+    page_size, groups = request.param
+    monkeypatch.setenv(env.RESOLVED, env.Options(groups=groups).to_json())
     kv_pool = Int4KVPool(
         SIZE,
-        page_size=request.param,
+        page_size=page_size,
         dtype=torch.uint4,
         head_num=HEADS,
         head_dim=DIM,
@@ -36,7 +37,7 @@ def pool(request, monkeypatch) -> Int4KVPool:
     )
     torch.manual_seed(0)
     for layer in range(LAYERS):
-        k, v = torch.randn(2, SIZE + request.param, HEADS, DIM, dtype=torch.bfloat16)
+        k, v = torch.randn(2, SIZE + page_size, HEADS, DIM, dtype=torch.bfloat16)
         kv_pool.set_kv_buffer(SimpleNamespace(layer_id=layer), KVWriteLoc(torch.arange(len(k))), k, v)
     return kv_pool
 
@@ -51,7 +52,10 @@ def test_rows_are_those_of_append_kv(pool):
     torch.manual_seed(5)
     k, v = torch.randn(2, 7, HEADS, DIM, dtype=torch.bfloat16)
     slots = torch.tensor([0, 90, 3, 41, 17, 60, 2])
-    expected = [torch.zeros(SIZE + pool.page_size, HEADS, row_bytes(DIM), dtype=torch.uint8) for _ in range(2)]
+    expected = [
+        torch.zeros(SIZE + pool.page_size, HEADS, row_bytes(DIM, pool.format.groups), dtype=torch.uint8)
+        for _ in range(2)
+    ]
     ops.append_kv(k, v, *expected, slots, rotation_order=DIM)
     pool.set_kv_buffer(SimpleNamespace(layer_id=1), KVWriteLoc(slots), k, v)
     for got, want in zip(pool.get_kv_buffer(1), expected):
@@ -71,7 +75,8 @@ def test_move(pool):
 def test_a_move_that_leaves_parameters_behind_is_seen(pool, monkeypatch):
     def codes_only(self, target, source):
         for rows in (*self.k_buffer, *self.v_buffer):
-            rows[target, :, :-PARAM_BYTES] = rows[source, :, :-PARAM_BYTES]
+            codes = rows.shape[-1] - PARAM_BYTES * self.format.groups
+            rows[target, :, :codes] = rows[source, :, :codes]
 
     monkeypatch.setattr(Int4KVPool, "_move_kv_cache_impl", codes_only)
     with pytest.raises(AssertionError):
@@ -95,7 +100,7 @@ def test_transfer_descriptors_cover_whole_rows(pool):
     buffers = [*pool.k_buffer, *pool.v_buffer]
     assert len(pointers) == len(buffers)
     for pointer, length, item, rows in zip(pointers, lengths, items, buffers):
-        assert item == pool.page_size * HEADS * row_bytes(DIM)
+        assert item == pool.page_size * HEADS * row_bytes(DIM, pool.format.groups)
         assert length == rows.numel()
         first_pages = bytes((ctypes.c_ubyte * (2 * item)).from_address(pointer))
         assert first_pages == rows[: 2 * pool.page_size].numpy().tobytes()
@@ -104,7 +109,7 @@ def test_transfer_descriptors_cover_whole_rows(pool):
 def test_sizes(pool):
     allocated = sum(pool.get_kv_size_bytes())
     assert allocated == (SIZE + pool.page_size) * pool.bytes_per_token
-    assert pool.bytes_per_token == 2 * LAYERS * HEADS * row_bytes(DIM)
+    assert pool.bytes_per_token == 2 * LAYERS * HEADS * row_bytes(DIM, pool.format.groups)
     assert pools_of(pool) == [pool]
 
 

@@ -62,7 +62,6 @@ struct DecodeParams {
   int num_q_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
-  int groups = 1;
   TransformParams transform;
   float sm_scale = 0.f;                // multiplies q.k
   float logit_cap = 0.f;               // > 0: logits = cap * tanh(logits / cap)
@@ -72,6 +71,7 @@ struct DecodeParams {
   void* workspace = nullptr;           // CUDA only: decode_workspace_bytes() bytes, zero before its first use
   int64_t workspace_bytes = 0;
   bool batch_invariant = false;  // CUDA only (the CPU always is): sums of a request do not depend on the batch
+  int groups = 1;                // of the caches' rows
 };
 
 // Rows at slots[N] -> dequantized, still transformed K and V [N, H_kv, D].

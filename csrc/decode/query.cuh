@@ -35,7 +35,7 @@ SAW_INT4_DEVICE void widen_four(const uint2& v, bool is_fp16, float* x) {
 // What turns the accumulators of query rows 8*nt + 2c + u, u = 0, 1, into logits: see above.
 template <int kGroups>
 struct ScoreTerms {
-  float k = 0.f, c0 = 0.f, bias[kGroups] = {}, qsum[kGroups] = {};  // bias and qsum are multiplied by k already
+  float k, bias[kGroups], qsum[kGroups], c0;  // bias and qsum are multiplied by k already
 };
 
 template <int D, int NT, int kGroups>
@@ -74,15 +74,15 @@ struct Query {
     return dev::ld_shared<uint4>(shared + (nt * kWords + j) * 512 + dev::lane_id() * 16);
   }
   SAW_INT4_DEVICE ScoreTerms<kGroups> shared_terms(int nt, int u) const {
-    const uint32_t at = shared + kTermsAt + (nt * kRowsPerTile + 2 * (dev::lane_id() % 4) + u) * kTermsBytes;
-    const auto first = dev::ld_shared<float4>(at);
+    const int row = nt * kRowsPerTile + 2 * (dev::lane_id() % 4) + u;
+    const auto first = dev::ld_shared<float4>(shared + kTermsAt + row * kTermsBytes);
     ScoreTerms<kGroups> t;
     t.k = first.x;
     t.bias[0] = first.y;
     t.qsum[0] = first.z;
     t.c0 = first.w;
     if constexpr (kGroups > 1) {
-      const auto second = dev::ld_shared<float2>(at + 16);
+      const auto second = dev::ld_shared<float2>(shared + kTermsAt + row * kTermsBytes + 16);
       t.bias[1] = second.x;
       t.qsum[1] = second.y;
     }
@@ -139,7 +139,7 @@ SAW_INT4_DEVICE RawQuery<D> fetch_query(const DecodeParams& p, const QueryRows& 
 template <int D, int kGroups>
 struct TransformedQuery {
   uint32_t pairs[QueryLanes<D>::kChannels / 2] = {};
-  ScoreTerms<kGroups> terms;
+  ScoreTerms<kGroups> terms{};
 };
 
 // channel: the lane's first, of all KV heads; in_row: the lane has any.
@@ -219,12 +219,12 @@ SAW_INT4_DEVICE TransformedQuery<D, kGroups> transform_row(const DecodeParams& p
   }
   const float unit = p.sm_scale * kLog2e, k = unit * hadamard_norm(order) * grow;
   q.terms.k = k;
-  q.terms.c0 = unit * mean_score;
   SAW_INT4_UNROLL
   for (int g = 0; g < kGroups; ++g) {
     q.terms.bias[g] = k * (kCodeBias * rounded_sum[g]);
     q.terms.qsum[g] = k * qsum[g];
   }
+  q.terms.c0 = unit * mean_score;
   return q;
 }
 

@@ -98,16 +98,17 @@ def _try_operators() -> None:
         raise RuntimeError(f"it was built for format {_C.FORMAT_VERSION}, the package has {format.FORMAT_VERSION}")
     tokens, head_dim = 4, 64
     k, v = torch.randn(2, tokens, 1, head_dim, generator=torch.Generator().manual_seed(0))
-    k_cache, v_cache = torch.zeros(2, tokens + 1, 1, format.row_bytes(head_dim), dtype=torch.uint8)
     slots = torch.arange(tokens) + 1
-    ops.append_kv(k, v, k_cache, v_cache, slots, rotation_order=1)
-    k_back, v_back = torch.empty(2, tokens, 1, head_dim, dtype=torch.bfloat16)
-    ops.gather_kv(k_cache, v_cache, slots.int(), k_back, v_back)
-    for name, x, back in (("K", k, k_back), ("V", v, v_back)):
-        step = (x.amax(-1) - x.amin(-1)).max().item() / format.CODE_MAX
-        error = (back.float() - x).abs().max().item()
-        if not error < 0.6 * step:  # half a step, and the roundings of scale, offset and bfloat16
-            raise RuntimeError(f"{name} came back {error:.3f} off, expected less than {0.6 * step:.3f}")
+    for groups in range(1, format.MAX_GROUPS + 1):
+        k_cache, v_cache = torch.zeros(2, tokens + 1, 1, format.row_bytes(head_dim, groups), dtype=torch.uint8)
+        ops.append_kv(k, v, k_cache, v_cache, slots, rotation_order=1)
+        k_back, v_back = torch.empty(2, tokens, 1, head_dim, dtype=torch.bfloat16)
+        ops.gather_kv(k_cache, v_cache, slots.int(), k_back, v_back)
+        for name, x, back in (("K", k, k_back), ("V", v, v_back)):
+            step = (x.amax(-1) - x.amin(-1)).max().item() / format.CODE_MAX
+            error = (back.float() - x).abs().max().item()
+            if not error < 0.6 * step:  # half a step, and the roundings of scale, offset and bfloat16
+                raise RuntimeError(f"{name} came back {error:.3f} off, expected less than {0.6 * step:.3f}")
 
 
 def _options() -> Finding:

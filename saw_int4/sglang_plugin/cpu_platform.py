@@ -28,6 +28,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def post_load_model(self, model) -> None:
+        from saw_int4.sglang_plugin import cpu_transfers
+
+        cpu_transfers.install()
+
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm == "NGRAM" and sglang_version() != "0.5.21"  # which does not ask for a worker below
 

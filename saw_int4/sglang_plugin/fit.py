@@ -40,7 +40,10 @@ READS = {
         "full_kv_pool", "swa_kv_pool", "layers_mapping", "translate_loc_from_full_to_swa",
     ),
     "sglang.srt.configs.model_config.ModelConfig": (
-        "head_dim", "v_head_dim", "is_encoder_decoder", "hf_config", "get_num_kv_heads",
+        "head_dim", "v_head_dim", "is_encoder_decoder", "hf_config", "get_num_kv_heads", "is_hybrid_swa",
+    ),
+    "sglang.srt.managers.cache_controller.HiCacheController": (
+        "mem_pool_device", "mem_pool_host", "storage_backend_type",
     ),
 }  # fmt: skip
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from saw_int4.env import BF16_LAYERS, Options
-from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE
+from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE, sglang_version
 from saw_int4.sglang_plugin.speculation import MAX_DRAFTS
+from saw_int4.sglang_plugin.transfers import STORAGE_BACKENDS
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,25 @@ def _parallel(value) -> bool:
 _OTHER_POOL = "it replaces the KV pool by one that knows nothing of INT4 rows"
 
 REFUSALS = [
-    Refusal("enable_hierarchical_cache", _on, "the host tier does not know INT4 rows yet", "drop it"),
+    Refusal(
+        "hicache_mem_layout",
+        lambda v: v in ("page_head", "page_first_kv_split"),
+        "it takes a token's heads apart, in units that a row does not fill",
+        "use page_first",
+    ),
+    Refusal("hicache_host_memory_mode", lambda v: v not in (None, "cache"), "it was not tested", "use cache"),
+    Refusal(
+        "hicache_storage_backend",
+        lambda v: v not in STORAGE_BACKENDS,
+        "only the file backend's keys were shown to name the INT4 format",
+        "use file",
+    ),
     Refusal("enable_lmcache", _on, "LMCache copies KV in shapes of its own", "drop it"),
     Refusal("enable_flexkv", _on, "FlexKV copies KV in shapes of its own", "drop it"),
     Refusal("enable_unified_cache_external_linker", _on, "the external cache does not know INT4 rows", "drop it"),
-    Refusal(
-        "disaggregation_mode",
-        lambda v: v not in (None, "null"),
-        "prefill and decode servers do not compare their INT4 formats yet",
-        "serve both on one server",
-    ),
+    Refusal("disaggregation_decode_enable_offload_kvcache", _on, "it was not tested", "drop it"),
+    Refusal("disaggregation_decode_enable_radix_cache", _on, "it was not tested", "drop it"),
+    Refusal("enable_pd_role_switch", _on, "it was not tested", "drop it"),
     Refusal(
         "speculative_algorithm",
         lambda v: v is not None and v.upper() != "NGRAM",
@@ -92,7 +102,10 @@ def check(server_args, options: Options) -> None:
     check_backends(server_args)
     check_model(server_args, options)
     check_kernels(view.device)
-    check_bf16_layers(options, model_config_of(server_args), view)
+    model = model_config_of(server_args)
+    check_bf16_layers(options, model, view)
+    check_host_tier(options, model, view)
+    check_disaggregation(model, view)
     check_prefill_graph(view.cuda_graph_config)
 
 
@@ -116,10 +129,80 @@ def check_bf16_layers(options: Options, model, view) -> None:
         problem = f"are served on CPU only yet, this is {view.device}"
     elif layers and view.speculative_algorithm:
         problem = "are not served with speculative decoding"
+    elif layers and view.enable_hierarchical_cache:
+        problem = "do not fit into HiCache's host pools, whose rows are of one size"
+    elif layers and view.disaggregation_mode != "null":
+        problem = "were not tested with prefill and decode on two servers"
     elif layers and model.dtype != torch.bfloat16:
         problem = f"need a model in bfloat16 (--dtype bfloat16), this one is in {model.dtype}"
     if problem is not None:
         raise ValueError(f"{BF16_LAYERS} (--saw-bf16-layers): layers {layers} {problem}. Way out: leave it out.")
+
+
+def check_host_tier(options: Options, model, view) -> None:
+    """ValueError for host pools (HiCache's, or those of a decode server's retracted requests) that rows do not suit."""
+    backup = view.disaggregation_mode == "decode" and view.disaggregation_decode_retraction_backup != "cpu_tensor"
+    if not (view.enable_hierarchical_cache or backup):
+        return
+    heads = model.get_num_kv_heads(view.tp_size // (view.dp_size if view.enable_dp_attention else 1))
+    token = heads * options.kv_format(model.head_dim).row_bytes
+    direct = view.hicache_io_backend == "direct" or view.hicache_mem_layout == "page_first_direct"
+    if sglang_version() == "0.5.21":
+        problem, way_out = "SGLang 0.5.21 does not ask the KV pool how long its rows are", "use SGLang 0.5.23"
+    elif _window_pool(model, view):
+        problem, way_out = "a sliding-window pool was not tested with it", "add --disable-hybrid-swa-memory"
+    elif view.speculative_algorithm:
+        problem, way_out = "speculative decoding was not tested with it", "drop --speculative-algorithm"
+    elif view.device == "cpu" and not direct:
+        problem = f"--hicache-io-backend {view.hicache_io_backend} is a CUDA kernel, this is plain CPU"
+        way_out = "add --hicache-io-backend direct"
+    elif not direct and token % 8:
+        problem = f"K of a token is {token} bytes on a rank, SGLang's transfer kernel takes multiples of 8"
+        way_out = "add --hicache-io-backend direct"
+    elif view.hicache_storage_backend is not None and (problem := _nameless(view.model_path)):
+        way_out = "drop --hicache-storage-backend"
+    else:
+        return
+    raise ValueError(f"--kv-cache-dtype int4 and a host tier (HiCache): {problem}. Way out: {way_out}.")
+
+
+def _nameless(model_path: str) -> str | None:
+    """Why storage keys cannot name this model; None when they can."""
+    from saw_int4.calibration.fingerprint import checkpoint_folder, model_fingerprint
+
+    try:
+        model_fingerprint(checkpoint_folder(model_path))
+    except ValueError as error:
+        return f"storage keys name the model, and {error}"
+    return None
+
+
+def _window_pool(model, view) -> bool:
+    return bool(model.is_hybrid_swa) and not view.disable_hybrid_swa_memory
+
+
+def check_disaggregation(model, view) -> None:
+    """ValueError for prefill and decode on two servers in ways that were not shown to work."""
+    if view.disaggregation_mode in (None, "null"):
+        return
+    if sglang_version() == "0.5.21":
+        problem, way_out = "SGLang 0.5.21 does not compare the formats of two KV pools", "use SGLang 0.5.23"
+    elif view.disaggregation_transfer_backend not in ("mooncake", "mooncake_tcp"):
+        problem = f"--disaggregation-transfer-backend {view.disaggregation_transfer_backend} was not tested"
+        way_out = "use mooncake, or mooncake_tcp"
+    elif _window_pool(model, view):
+        problem, way_out = "a sliding-window pool was not tested with it", "add --disable-hybrid-swa-memory"
+    elif view.speculative_algorithm:
+        problem, way_out = "speculative decoding was not tested with it", "drop --speculative-algorithm"
+    elif view.pp_size > 1:
+        problem, way_out = "pipeline parallelism was not tested with it", "set --pp-size 1"
+    elif view.disaggregation_decode_host_receive_threshold < 1:
+        problem, way_out = "receiving into host memory was not tested", "set the threshold to 1"
+    else:
+        return
+    raise ValueError(
+        f"--kv-cache-dtype int4 and --disaggregation-mode {view.disaggregation_mode}: {problem}. Way out: {way_out}."
+    )
 
 
 def check_dtype(server_args) -> None:
@@ -135,10 +218,11 @@ def check_dtype(server_args) -> None:
 
 
 def check_environment() -> None:
-    """ValueError for variables of SGLang that change the pool's layout or its sizing."""
+    """ValueError for variables of SGLang that change how KV is laid out, sized or sent."""
     from sglang.srt.environ import envs
 
-    for name in ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_USE_HND_KVCACHE"):
+    layouts = ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_USE_HND_KVCACHE", "SGLANG_DISAGG_STAGING_BUFFER")
+    for name in layouts:
         if getattr(envs, name).get():
             raise ValueError(f"--kv-cache-dtype int4: {name} is set, which lays KV out differently. Unset it.")
 

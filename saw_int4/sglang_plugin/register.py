@@ -60,7 +60,7 @@ def seams() -> dict[str, str]:
 
 def hooks() -> dict[str, Callable]:
     """Every function of SGLang that the plugin wraps, with its wrapper ``(original, *args, **kwargs)``."""
-    from saw_int4.sglang_plugin import pool_hooks, report, sizing, verify
+    from saw_int4.sglang_plugin import pool_hooks, report, sizing, transfers, verify
 
     configurator = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
     sizes = "sglang.srt.model_executor.pool_configurator"
@@ -78,6 +78,11 @@ def hooks() -> dict[str, Callable]:
     if sglang_version() == "0.5.21":  # its out-of-tree platforms bypass the ordinary pool and allocator paths
         table[f"{configurator}._build_oot_mha_kv_pool"] = pool_hooks.build_oot_pool
         table["sglang.srt.utils.common.support_triton"] = pool_hooks.support_triton
+    else:  # 0.5.21 is refused with HiCache and with prefill and decode on two servers
+        table["sglang.srt.managers.cache_controller.HiCacheController._generate_storage_config"] = (
+            transfers.storage_config
+        )
+        table["sglang.srt.disaggregation.utils.get_pd_kv_layout"] = transfers.pd_kv_layout
     return table
 
 

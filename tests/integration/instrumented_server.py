@@ -2,7 +2,7 @@
 
 SGLang spawns its processes from this script, so that the hooks registered here reach them too. Controlled by:
 
-    SAW_TEST_CACHE_BYTES   what SGLang's memory profiling reports as free for the KV cache
+    SAW_TEST_CACHE_BYTES   what SGLang's memory profiling reports as free for the KV cache, and for host pools tenfold
     SAW_TEST_FAULT         path of a file; while it holds "wrong_slot" or "lost_scale", rows are damaged that way
 """
 
@@ -22,6 +22,11 @@ written: list[tuple[int, int, str]] = []  # layer, tokens, hash of their rows, f
 
 def available_bytes(original, self, *args, **kwargs):
     return int(os.environ["SAW_TEST_CACHE_BYTES"])
+
+
+def host_bytes(original, *args, **kwargs):
+    """SGLang leaves 10 GiB of a machine alone, which a small one may not have."""
+    return 10 * int(os.environ["SAW_TEST_CACHE_BYTES"])
 
 
 def planted_fault() -> str:
@@ -59,6 +64,8 @@ def store_hook() -> None:
 
 if "SAW_TEST_CACHE_BYTES" in os.environ:
     HookRegistry.register(f"{CONFIGURATOR}._profile_available_bytes", available_bytes, HookType.AROUND)
+    target = "sglang.srt.mem_cache.pool_host.base.host_memory_budget_bytes"
+    HookRegistry.register(target, host_bytes, HookType.AROUND)
 HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", internal_state, HookType.AROUND)
 store_hook()
 

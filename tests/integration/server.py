@@ -33,13 +33,17 @@ def environment(**extra: str) -> dict[str, str]:
     return {**clean, "PYTHONPATH": path, "SAW_INT4_CPU_PLATFORM": "1", "TOKENIZERS_PARALLELISM": "false", **extra}
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Server:
     """Starts in the background; ``ready()`` waits; ``stop()`` ends every process it started."""
 
     def __init__(self, model: Path, log: Path, *args: str, command: list[str] | None = None, **env: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         argv = [*(command or INSTRUMENTED), "--model-path", str(model), "--host", "127.0.0.1", "--port", str(self.port)]

@@ -94,6 +94,23 @@ def test_cpu_copy_round_trip(pool):
     assert torch.equal(snapshot(pool, elsewhere), before)
 
 
+def test_a_copy_that_leaves_parameters_behind_is_seen(pool, monkeypatch):
+    """As a retraction to host memory would, with scales in tensors of their own."""
+    whole = pool.get_cpu_copy
+
+    def codes_only(slots):
+        copy = whole(slots)
+        for layer in copy:
+            for chunk in layer:
+                for rows in chunk:
+                    rows[..., -PARAM_BYTES:] = 0
+        return copy
+
+    monkeypatch.setattr(pool, "get_cpu_copy", codes_only)
+    with pytest.raises(AssertionError):
+        test_cpu_copy_round_trip(pool)
+
+
 def test_transfer_descriptors_cover_whole_rows(pool):
     """What prefill/decode disaggregation registers: every byte of every page, in order."""
     pointers, lengths, items = pool.get_contiguous_buf_infos()

@@ -78,6 +78,8 @@ def test_other_caches_are_left_alone(model):
         ({"kv_canary": "log"}, "kv-canary"),
         ({"speculative_algorithm": "EAGLE", "speculative_num_steps": 2}, "a draft model's cache"),
         ({"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 65}, "at most 64"),
+        ({"enable_hierarchical_cache": True, "hicache_mem_layout": "page_head"}, "use page_first"),
+        ({"enable_hierarchical_cache": True, "hicache_storage_backend": "mooncake"}, "use file"),
     ],
 )
 def test_arguments(model, arguments, said):
@@ -99,12 +101,84 @@ def test_ngram(model):
     [
         ({"dtype": "float16"}, "need a model in bfloat16"),
         ({"speculative_algorithm": "NGRAM"}, "with speculative decoding|does not support it"),
+        ({"enable_hierarchical_cache": True, "hicache_io_backend": "direct"}, "rows are of one size"),
+        ({"disaggregation_mode": "prefill"}, "prefill and decode on two servers"),
     ],
 )
 def test_layers_that_cannot_stay_in_bf16(model, monkeypatch, arguments, said):
     monkeypatch.setenv(env.BF16_LAYERS, "0")
     with pytest.raises(ValueError, match=said):
         start(model, **arguments)
+
+
+OLD = "0.5.21"
+HICACHE = {"enable_hierarchical_cache": True, "hicache_io_backend": "direct"}
+PREFILL = {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "mooncake_tcp"}
+DECODE = {**PREFILL, "disaggregation_mode": "decode", "hicache_io_backend": "direct"}
+
+
+@pytest.mark.parametrize("arguments", [HICACHE, {**HICACHE, "hicache_storage_backend": "file"}, PREFILL, DECODE])
+def test_rows_that_leave_the_pool(model, arguments):
+    if sglang_version() == OLD:
+        with pytest.raises(ValueError, match="SGLang 0.5.21 does not .* use SGLang 0.5.23"):
+            start(model, **arguments)
+    else:
+        start(model, **arguments)
+
+
+@pytest.mark.skipif(sglang_version() == OLD, reason="all of it is refused")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"enable_hierarchical_cache": True}, "kernel is a CUDA kernel, this is plain CPU"),
+        ({**HICACHE, "speculative_algorithm": "NGRAM"}, "speculative decoding was not tested"),
+        ({**DECODE, "hicache_io_backend": "kernel"}, "add --hicache-io-backend direct"),
+        ({**PREFILL, "disaggregation_transfer_backend": "nixl"}, "use mooncake"),
+        ({**PREFILL, "speculative_algorithm": "NGRAM"}, "speculative decoding was not tested"),
+        ({**DECODE, "disaggregation_decode_enable_radix_cache": True}, "radix-cache"),
+    ],
+)
+def test_rows_that_cannot_leave_the_pool(model, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        start(model, **arguments)
+
+
+@pytest.mark.skipif(sglang_version() == OLD, reason="all of it is refused")
+def test_kernels_that_cannot_copy_a_token(model):
+    """SmolLM2 has 3 KV heads: 108 bytes of K, which SGLang's CUDA kernel would refuse at the first transfer."""
+    from types import SimpleNamespace
+
+    from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
+
+    from saw_int4.sglang_plugin.refusals import check_host_tier
+
+    args = start(model, **HICACHE)
+    view, shape = resolved_view(args), model_config_of(args)
+
+    def on_gpu(**changes):
+        names = ("tp_size", "dp_size", "enable_dp_attention", "disaggregation_mode", "enable_hierarchical_cache",
+                 "hicache_mem_layout", "hicache_storage_backend", "speculative_algorithm",
+                 "disable_hybrid_swa_memory")  # fmt: skip
+        kept = {name: getattr(view, name) for name in names}
+        return SimpleNamespace(**{**kept, "device": "cuda", "hicache_io_backend": "kernel", **changes})
+
+    kernel = on_gpu(hicache_mem_layout="page_first")
+    with pytest.raises(ValueError, match="K of a token is 108 bytes on a rank"):
+        check_host_tier(UNCALIBRATED, shape, kernel)
+    check_host_tier(UNCALIBRATED, shape, on_gpu(hicache_io_backend="direct"))
+    even = SimpleNamespace(get_num_kv_heads=lambda tp: 2, head_dim=64, is_hybrid_swa=False)
+    check_host_tier(UNCALIBRATED, even, kernel)
+    with pytest.raises(ValueError, match="sliding-window pool was not tested"):
+        check_host_tier(UNCALIBRATED, SimpleNamespace(**{**vars(even), "is_hybrid_swa": True}), kernel)
+
+
+@pytest.mark.skipif(sglang_version() == OLD, reason="all of it is refused")
+def test_storage_of_a_model_without_weights(tiny, tmp_path):
+    for file in tiny.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    start(tmp_path, **HICACHE)
+    with pytest.raises(ValueError, match="storage keys name the model, and .* expected a folder with config.json and"):
+        start(tmp_path, **HICACHE, hicache_storage_backend="file")
 
 
 def test_every_refused_field_exists():
@@ -138,6 +212,7 @@ def test_prefill_graph():
         ({"SAW_INT4_BF16_LAYERS": "first:31"}, "layers 0 to 29"),
         ({"SGLANG_USE_HND_KVCACHE": "1"}, "SGLANG_USE_HND_KVCACHE"),
         ({"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "1"}, "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
+        ({"SGLANG_DISAGG_STAGING_BUFFER": "1"}, "SGLANG_DISAGG_STAGING_BUFFER"),
     ],
 )
 def test_variables(model, monkeypatch, variables, said):

@@ -1,0 +1,59 @@
+"""Rows that leave the pool, for storage or for another server: the name by which their format is known there.
+
+Bytes written with one format, transform or model mean nothing under another. SGLang compares a name before it reads
+them; without ours it would compare only ``int4``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+
+from saw_int4.sglang_plugin.names import KV_CACHE_DTYPE
+
+logger = logging.getLogger(__name__)
+
+STORAGE_BACKENDS = (None, "file")  # those whose keys were shown to carry the model's name, which carries ours
+
+
+def rows_name(kv_pool) -> str | None:
+    """What the rows of a pool are; None when they are not ours."""
+    from saw_int4.sglang_plugin.pool import Int4KVPool, pools_of
+
+    parts = pools_of(kv_pool)
+    if not all(isinstance(part, Int4KVPool) for part in parts):
+        return None
+    return "-".join([KV_CACHE_DTYPE, *sorted({part.format.fingerprint for part in parts})])
+
+
+def pd_kv_layout(original, token_to_kv_pool):
+    """AROUND what prefill and decode servers compare before the first transfer."""
+    return rows_name(token_to_kv_pool) or original(token_to_kv_pool)
+
+
+def storage_name(rows: str, layout: str, model_path: str, overrides: str) -> str:
+    """What storage keys are given besides the tokens: rows, order of a page's bytes, and the model that made them."""
+    from saw_int4.calibration.fingerprint import checkpoint_folder, model_fingerprint
+
+    model = model_fingerprint(checkpoint_folder(model_path))
+    return f"{rows}-{hashlib.sha256(repr((layout, model, overrides)).encode()).hexdigest()[:16]}"
+
+
+def storage_config(original, self, *args, **kwargs):
+    """AROUND what HiCache's storage backends make their keys of. Also runs when a backend is attached to a server."""
+    config = original(self, *args, **kwargs)
+    rows = rows_name(self.mem_pool_device)
+    if rows is None:
+        return config
+    if self.storage_backend_type not in STORAGE_BACKENDS:
+        raise ValueError(
+            f"--kv-cache-dtype int4: the storage backend is {self.storage_backend_type!r}, expected file: only its "
+            "keys were shown to name the format. Way out: use file."
+        )
+    from sglang.srt.runtime_context import get_model
+
+    model = get_model()
+    name = storage_name(rows, self.mem_pool_host.layout, model.model_path, model.json_model_override_args)
+    logger.info("saw_int4: storage keys of this server end in %s", name)
+    return dataclasses.replace(config, model_name=f"{config.model_name}-{name}" if config.model_name else name)

@@ -63,17 +63,18 @@ def test_sglang_serve_with_the_forks_variables(tiny, logs, expected):
 
 
 def test_module_with_two_ranks(tiny, logs, expected):
-    """``python -m sglang.launch_server``, calibrated, tensor parallel over two processes: one KV head each."""
+    """``python -m sglang.launch_server``, calibrated, two groups per row, over two processes: one KV head each."""
     command = [sys.executable, "-m", "sglang.launch_server"]
     arguments = [*ARGS, "--kv-cache-dtype", "int4", "--tp-size", "2"]
-    variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SAW_INT4_CALIBRATION": "auto", "HOME": str(logs)}
+    variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SAW_INT4_CALIBRATION": "auto", "SAW_INT4_GROUPS": "2"}
+    variables["HOME"] = str(logs)
     server = Server(tiny, logs / "tp.log", *arguments, command=command, **variables)
     try:
         server.ready()
         cache = server.state()["kv_cache_format"]
-        found = env.Options(calibration=str(path_of(model_fingerprint(tiny), 128, home=logs)))
+        found = env.Options(calibration=str(path_of(model_fingerprint(tiny), 128, 2, home=logs)), groups=2)
         assert cache["fingerprint"] == found.kv_format(128).fingerprint
-        assert cache["bytes_per_token"] == 2 * 3 * 1 * 68
+        assert cache["bytes_per_token"] == 2 * 3 * 1 * 72
         assert mean_gap(server.prompt_logprobs(IDS), expected) < LIMIT
     finally:
         server.stop()

@@ -42,6 +42,10 @@ template <typename T>
 SAW_INT4_DEVICE void st_global(T* p, T v) {
   *p = v;
 }
+// Has the line brought to L2; orders nothing.
+SAW_INT4_DEVICE void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
 
 // Copies BYTES from global to shared memory, past L1; visible to the thread after cp_async_wait, to the block after a
 // barrier following it. With valid == false nothing is read and zeros are written.

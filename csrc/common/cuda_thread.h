@@ -65,13 +65,16 @@ SAW_INT4_DEVICE T shfl_idx(T v, int lane) {
 SAW_INT4_DEVICE bool any(bool pred) {
   return __any_sync(kFullMask, pred);
 }
+SAW_INT4_DEVICE int count_lanes(bool pred) {
+  return __popc(__ballot_sync(kFullMask, pred));
+}
 
 // Sequentially consistent enough for "write the partials, fence, count": see decode_kernel.cuh.
 SAW_INT4_DEVICE uint32_t atomic_add_u32(uint32_t* p, uint32_t v) {
   return atomicAdd(p, v);
 }
 SAW_INT4_DEVICE void thread_fence() {
-  __threadfence();
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 SAW_INT4_DEVICE void trap() {
   __trap();

@@ -84,7 +84,8 @@ SAW_INT4_DEVICE float hadamard_norm(int order) {
 }
 
 // Unnormalised Hadamard transform of blocks of `order` channels; the lane holds channels lane*N .. lane*N + N - 1 of a
-// row that starts at a lane divisible by order / N. Strides ascend, (lo, hi) <- (lo + hi, lo - hi): format.h's order.
+// row that starts at a lane divisible by order / N. Strides ascend, (lo, hi) <- (lo + hi, lo - hi): format.h's order. A
+// shuffled butterfly is one FMA: +-1 * x + other rounds like the addition it is.
 template <int N>
 SAW_INT4_DEVICE void hadamard(float (&x)[N], int order) {
   SAW_INT4_UNROLL
@@ -102,12 +103,9 @@ SAW_INT4_DEVICE void hadamard(float (&x)[N], int order) {
   SAW_INT4_UNROLL
   for (int mask = 1; mask < 32; mask *= 2) {
     if (mask * N < order) {
-      const bool upper = dev::lane_id() & mask;
+      const float sign = dev::lane_id() & mask ? -1.f : 1.f;
       SAW_INT4_UNROLL
-      for (int i = 0; i < N; ++i) {
-        const float other = dev::shfl_xor(x[i], mask);
-        x[i] = upper ? dev::sub_rn(other, x[i]) : dev::add_rn(x[i], other);
-      }
+      for (int i = 0; i < N; ++i) x[i] = dev::fma_rn(sign, x[i], dev::shfl_xor(x[i], mask));
     }
   }
 }
@@ -148,8 +146,7 @@ SAW_INT4_DEVICE void butterfly(float& lo, float& hi) {
   lo = sum;
 }
 
-// Unnormalised Hadamard transform of a row in SpreadRow's layout, strides ascending as format.h says. A shuffled
-// butterfly is one FMA: +-1 * x + other rounds like the addition it is.
+// Unnormalised Hadamard transform of a row in SpreadRow's layout, strides ascending as format.h says.
 template <int LANES, int WORDS>
 SAW_INT4_DEVICE void hadamard_row(float (&x)[WORDS][8], int order) {
   SAW_INT4_UNROLL

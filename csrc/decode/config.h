@@ -15,15 +15,15 @@
 namespace saw_int4 {
 
 inline constexpr int kRowsPerTile = 8;     // query rows of one MMA
-inline constexpr int kTokensPerWarp = 32;  // tokens a warp takes from each tile
+inline constexpr int kTokensPerWarp = 32;  // tokens a warp takes from each stage
 // Batch-invariant launches: few pieces would leave a long context to few blocks, many cost memory and merging.
 inline constexpr int kInvariantPieces = 16;
 inline constexpr int kInvariantHeads = 4;
 inline constexpr int kMergeAtMost = 36;   // measured: README.md
 inline constexpr int kRecordPadding = 4;  // words of a stored row of a piece beside O (merge.cuh)
 inline constexpr int kMaxWarps = 8;
-inline constexpr int kMaxStages = 4;
-inline constexpr int kDecodeScratchBytes = 112;  // of a block, for the walk along its work
+inline constexpr int kMaxStages = 4;            // of all blocks of an SM together
+inline constexpr int kDecodeScratchBytes = 80;  // of a block, for the walk along its work
 
 // Query-row tiles the kernel is compiled for, by head_dim: 8, 16 or 32 rows per pass over the keys.
 constexpr int max_row_tiles(int head_dim) {
@@ -41,6 +41,12 @@ constexpr int blocks_by_registers(int head_dim, int row_tiles, int groups) {
 constexpr int token_tiles(int head_dim, int row_tiles, int groups, bool measured_arch) {
   if (groups > 1) return row_tiles == 1 || (head_dim == 128 && row_tiles == 2) ? 2 : 1;
   return (head_dim == 128 && row_tiles == 2) || (row_tiles == 4 && !measured_arch) ? 1 : 2;
+}
+
+// Tiles are what work is divided into. With one row tile they are half a stage, so that short contexts reach twice as
+// many blocks; with more, the code for half a stage would cost registers.
+constexpr int tiles_per_stage(int row_tiles) {
+  return row_tiles == 1 ? 2 : 1;
 }
 
 // One row tile stays in registers, more lie in shared memory.
@@ -82,18 +88,19 @@ struct DecodePlan {
   int head_groups = 0;       // num_kv_heads / heads_per_block
   int column_shift = 0;      // of the grid (schedule.h)
   int ways = 0;              // warps that share a KV head, each with other tokens
-  int tile_tokens = 0;       // ways * kTokensPerWarp, a power of two
+  int tile_tokens = 0;       // a power of two
   int tile_shift = 0;        // its logarithm
   int max_pieces = 0;        // of a run in a batch-invariant launch, else 0 (schedule.h)
   int group = 0;             // query heads per KV head
   uint32_t group_magic = 0;  // mul_hi(i, group_magic) == i / group for i < 2^16 and group > 1
   int rows_per_head = 0;     // query rows of a KV head and pass that may be in use
-  int stages = 0;            // tiles in shared memory
+  int stages = 0;            // in shared memory
+  int stage_tokens = 0;      // ways * kTokensPerWarp
   int chunk_bytes = 0;       // of one cp.async: 16, 8 or 4
   int chunks_per_token = 0;  // that cover heads_per_block rows
   uint32_t chunk_magic = 0;  // mul_hi(i, chunk_magic) == i / chunks_per_token for i < 2^16
   int token_stride = 0;      // bytes between tokens in shared memory; 16 mod 32, so that fragments miss no bank
-  int stage_bytes = 0;       // K and V of one tile
+  int stage_bytes = 0;       // K and V of one stage
   int stages_bytes = 0;      // of shared memory for stages and merges
   int query_offset = 0;      // byte positions in shared memory, after the stages
   int slots_offset = 0;
@@ -124,12 +131,13 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   plan.head_groups = shape.num_kv_heads / plan.heads_per_block;
   for (plan.heads_shift = 0; (1 << plan.heads_shift) < plan.heads_per_block;) ++plan.heads_shift;
   plan.ways = plan.warps / plan.heads_per_block;
-  plan.tile_tokens = plan.ways * kTokensPerWarp;
+  plan.stage_tokens = plan.ways * kTokensPerWarp;
+  plan.tile_tokens = plan.stage_tokens / tiles_per_stage(plan.row_tiles);
   for (plan.tile_shift = 0; (1 << plan.tile_shift) < plan.tile_tokens;) ++plan.tile_shift;
   plan.group = shape.num_q_heads / shape.num_kv_heads;
   plan.group_magic = reciprocal(plan.group);
   plan.rows_per_head = std::min(plan.group * shape.max_q_len, kRowsPerTile * plan.row_tiles);
-  plan.stage_bytes = 2 * plan.tile_tokens * plan.token_stride;
+  plan.stage_bytes = 2 * plan.stage_tokens * plan.token_stride;
   // The stages double as the place where the warps of a block merge one row tile. Before that, the last of them, which
   // is filled last, is where a query passes through that is to stay in registers.
   const int merge_bytes = plan.warps * kRowsPerTile * (shape.head_dim + kRecordPadding) * 4;
@@ -139,7 +147,7 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   plan.stages_bytes = std::max(plan.stages * plan.stage_bytes, merge_bytes);
   plan.query_offset = in_registers ? (plan.stages - 1) * plan.stage_bytes : plan.stages_bytes;
   plan.slots_offset = in_registers ? plan.stages_bytes : plan.stages_bytes + query;
-  plan.rows_offset = plan.slots_offset + plan.stages * plan.tile_tokens * 4;
+  plan.rows_offset = plan.slots_offset + plan.stages * plan.stage_tokens * 4;
   plan.scratch_offset = plan.rows_offset + kRowsPerTile * plan.row_tiles * 16;
   plan.shared_bytes = plan.scratch_offset + kDecodeScratchBytes;
   plan.piece_floats =
@@ -164,7 +172,7 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
     for (int per_sm = most; per_sm >= 1 && !fits; --per_sm) {
       const int budget =
           std::min(device.shared_bytes_per_sm / per_sm - kSharedReservedPerBlock, device.shared_bytes_per_block);
-      plan.stages = kMaxStages + 1;
+      plan.stages = std::max(kMaxStages / per_sm, 2) + 1;
       while (!fits && plan.stages > 2) {
         --plan.stages;
         lay_out(plan, shape);

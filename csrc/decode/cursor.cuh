@@ -1,5 +1,6 @@
-// A block's walk along its stretch of units (schedule.h). One thread walks and leaves each piece in shared memory,
-// where it costs no registers while the tiles run.
+// A block's walk along its stretch of units (schedule.h). Every warp walks for itself: what one found would reach the
+// others through shared memory and a barrier, half a microsecond later. Between two pieces the place lies in shared
+// memory, where it costs no registers while the tiles run.
 #pragma once
 
 #include "common/device.h"
@@ -21,17 +22,28 @@ struct QueryRows {
   SAW_INT4_DEVICE int head(int row) const { return first_row + row - token(row) * group; }  // of the group
 };
 
-// Stretch of tiles of one run that this block works on.
-struct Piece {
-  int table_row, seq_len, q_len;  // of the request
-  QueryRows rows;
-  int kv_head;  // first of the block's
-  int tile_begin, tile_end;
-  int pieces, index;          // of the run, and which this one is
+// How the blocks that have pieces of one run share it.
+struct Share {
+  int pieces, index;          // of the run, and which this block's is
   int first_slot, next_slot;  // of the workspace: where the run's piece 0 lies, and where the others count from
   int slot_step;
 
   SAW_INT4_DEVICE int slot(int i) const { return i == 0 ? first_slot : next_slot + i * slot_step; }
+};
+
+// Stretch of tiles of one run that this block works on.
+struct Piece {
+  int table_row = kNone, seq_len, q_len;  // of the request
+  QueryRows rows;
+  int kv_head;  // first of the block's
+  int tile_begin, tile_end;
+  int unit, run_begin, run_units;  // of the column's line: the piece's first, the run's first, and how many it has
+  int units_of_block;
+
+  SAW_INT4_DEVICE bool exists() const { return table_row != kNone; }
+
+ private:
+  static constexpr int kNone = -1;  // no request has this table row
 };
 
 // What the walk reads of a request, in one trip to memory.
@@ -52,63 +64,76 @@ SAW_INT4_DEVICE Request fetch_request(const DecodeParams& p, int b) {
 template <int NT>
 class Cursor {
  public:
-  static constexpr int kFreeAt = 96;  // of the scratch: 16 bytes for the block's own use
+  static constexpr int kFreeAt = 64;  // of the scratch: 16 bytes for the block's own use
   // scratch: kDecodeScratchBytes of shared memory, 16-byte aligned.
   SAW_INT4_DEVICE explicit Cursor(uint32_t scratch) : scratch_(scratch) {}
 
-  // Leaves the block's first piece in shared memory. All threads; a barrier must follow before anyone looks.
-  SAW_INT4_DEVICE void start(const DecodeParams& p, const DecodePlan& plan) const {
-    if (dev::warp_id() != 0) return;
-    // Each lane counts a few neighbouring requests; whoever counts the block's first unit goes on from there.
+  // The block's first piece, if it has any.
+  SAW_INT4_DEVICE Piece start(const DecodeParams& p, const DecodePlan& plan) const {
+    // Each lane counts a few neighbouring requests; whoever counts the block's first unit tells the others.
     const int lane = dev::lane_id(), each = (p.num_requests + 31) / 32;
-    const Request first = fetch_request(p, lane * each);
-    int units = units_of(plan, p.window, first);
+    const int lanes = each == 1 ? p.num_requests : 32;
+    Request r = fetch_request(p, lane * each);
+    int units = units_of(plan, p.window, r);
     SAW_INT4_UNROLL_BY(4)
     for (int i = 1; i < each; ++i) units += units_of(plan, p.window, fetch_request(p, lane * each + i));
     int end = units;
-    SAW_INT4_UNROLL
-    for (int delta = 1; delta < 32; delta *= 2) {
+    SAW_INT4_UNROLL_BY(1)
+    for (int delta = 1; delta < lanes; delta *= 2) {
       const int below = dev::shfl_up(end, delta);
       if (lane >= delta) end += below;
     }
-    const int total = dev::shfl_idx(end, 31);
-    const Stretches stretches = cut(total, dev::block_count() >> plan.column_shift);
-    const int unit = stretches.begin(place(plan).number), before = end - units;
-    if (unit >= total) {
-      if (lane == 0) dev::st_shared<int32_t>(scratch_ + kPieceAt, kNoPiece);
-    } else if (unit >= before && unit < end) {
-      const int stop = unit + stretches.units < total ? unit + stretches.units : total;
-      write_piece(p, plan, stretches, unit, stop, before, lane * each, first);
-    }
+    const int total = dev::shfl_idx(end, lanes - 1);
+    const Stretches stretches = cut(total, dev::block_count() >> plan.column_shift, tiles_per_stage(NT));
+    const int unit = stretches.begin(place(plan).number);
+    if (unit >= total) return {};
+    const int finder = dev::count_lanes(lane < lanes && end <= unit), before = dev::shfl_idx(end - units, finder);
+    r.seq_len = dev::shfl_idx(r.seq_len, finder);
+    r.q_len = dev::shfl_idx(r.q_len, finder);
+    r.first_token = dev::shfl_idx(r.first_token, finder);
+    r.table_row = dev::shfl_idx(r.table_row, finder);
+    const int stop = unit + stretches.units < total ? unit + stretches.units : total;
+    return piece_at(p, plan, stretches, unit, stop, before, finder * each, r);
   }
 
-  // Leaves the next piece in shared memory. All threads; a barrier must lie before and follow.
-  SAW_INT4_DEVICE void next(const DecodeParams& p, const DecodePlan& plan) const {
-    if (dev::thread_index() != 0) return;
+  // The next piece, if there is one. A barrier: what the block had in shared memory is no longer needed.
+  SAW_INT4_DEVICE Piece next(const DecodeParams& p, const DecodePlan& plan) const {
     const auto walk = dev::ld_shared<uint4>(scratch_);
     const Stretches stretches{dev::ld_shared<int32_t>(scratch_ + 16)};
+    dev::block_sync();
     const int unit = static_cast<int>(walk.x), stop = static_cast<int>(walk.y), b = static_cast<int>(walk.w);
-    if (unit >= stop)
-      dev::st_shared<int32_t>(scratch_ + kPieceAt, kNoPiece);
-    else
-      write_piece(p, plan, stretches, unit, stop, static_cast<int>(walk.z), b, fetch_request(p, b));
+    if (unit >= stop) return {};
+    return piece_at(p, plan, stretches, unit, stop, static_cast<int>(walk.z), b, fetch_request(p, b));
   }
 
-  SAW_INT4_DEVICE bool has_piece() const { return dev::ld_shared<int32_t>(scratch_ + kPieceAt) != kNoPiece; }
-
-  SAW_INT4_DEVICE Piece piece(const DecodePlan& plan) const {
-    const auto a = dev::ld_shared<uint4>(scratch_ + kPieceAt), b = dev::ld_shared<uint4>(scratch_ + kPieceAt + 16);
-    const auto c = dev::ld_shared<uint4>(scratch_ + kPieceAt + 32);
-    const auto d = dev::ld_shared<uint2>(scratch_ + kPieceAt + 48);
+  // What is needed only when the piece is done; two divisions. Waits in shared memory, after a barrier, until then.
+  SAW_INT4_DEVICE void keep_share(const Share& share) const {
+    const auto u = [](int x) { return static_cast<uint32_t>(x); };
+    dev::st_shared(scratch_ + kShareAt,
+                   uint4{u(share.pieces), u(share.index), u(share.first_slot), u(share.next_slot)});
+    dev::st_shared<int32_t>(scratch_ + kShareAt + 16, share.slot_step);
+  }
+  SAW_INT4_DEVICE Share kept_share() const {
+    const auto a = dev::ld_shared<uint4>(scratch_ + kShareAt);
     const auto i = [](uint32_t x) { return static_cast<int>(x); };
-    return {i(a.x), i(a.y), i(a.z), {i(a.w), i(b.x), i(b.y), plan.group, plan.group_magic},
-            i(b.z), i(b.w), i(c.x), i(c.y),
-            i(c.z), i(c.w), i(d.x), i(d.y)};
+    return {i(a.x), i(a.y), i(a.z), i(a.w), dev::ld_shared<int32_t>(scratch_ + kShareAt + 16)};
+  }
+  static SAW_INT4_DEVICE Share share(const DecodePlan& plan, const Piece& piece) {
+    const BlockPlace here = place(plan);
+    if (plan.max_pieces > 0)
+      return {piece.run_units, piece.unit - piece.run_begin, here.slot(piece.run_begin), here.slot(piece.run_begin),
+              1 << plan.column_shift};
+    const Stretches stretches{piece.units_of_block};
+    const int first_block = stretches.block_of(piece.run_begin);
+    // Other blocks meet the run at the start of their stretches.
+    return {stretches.block_of(piece.run_begin + piece.run_units - 1) - first_block + 1, here.number - first_block,
+            here.slot(stretches.slot(piece.run_begin, first_block)), here.slot(2 * first_block),
+            2 << plan.column_shift};
   }
 
  private:
-  static constexpr int kPieceAt = 32, kNoPiece = -1;  // no request has this table row
-  static_assert(kPieceAt + 56 <= kFreeAt && kFreeAt + 16 <= kDecodeScratchBytes);
+  static constexpr int kShareAt = 32;
+  static_assert(kShareAt + 20 <= kFreeAt && kFreeAt + 16 <= kDecodeScratchBytes);
   uint32_t scratch_;
 
   static SAW_INT4_DEVICE int units_of(const DecodePlan& plan, int64_t window, const Request& r) {
@@ -119,10 +144,10 @@ class Cursor {
     return block_place(dev::block_index(), plan.column_shift);
   }
 
-  // The piece that begins at `unit` and ends with its run or at `stop`, to shared memory, and where the walk goes on.
+  // The piece that begins at `unit` and ends with its run or at `stop`; where the walk goes on, to shared memory.
   // before: units before request b; the unit lies in it or in a later one.
-  SAW_INT4_DEVICE void write_piece(const DecodeParams& p, const DecodePlan& plan, const Stretches& stretches, int unit,
-                                   int stop, int before, int b, Request r) const {
+  SAW_INT4_DEVICE Piece piece_at(const DecodeParams& p, const DecodePlan& plan, const Stretches& stretches, int unit,
+                                 int stop, int before, int b, Request r) const {
     SAW_INT4_UNROLL_BY(1)
     for (int n = units_of(plan, p.window, r); unit >= before + n; n = units_of(plan, p.window, r)) {
       before += n;
@@ -131,34 +156,31 @@ class Cursor {
     const TileRange range = tile_range(r.seq_len, r.q_len, p.window, plan.tile_shift);
     const int passes = row_passes(r.q_len, plan.group, kRowsPerTile * NT);
     const RunUnits units = run_units(range.tiles, plan.max_pieces);
-    const BlockPlace here = place(plan);
     const int run = (unit - before) / units.units, heads = passes == 1 ? run : run / passes;
     const int first_row = (run - heads * passes) * kRowsPerTile * NT, left = r.q_len * plan.group - first_row;
     const int run_begin = before + run * units.units, run_end = run_begin + units.units;
-    int end = stop < run_end ? stop : run_end, pieces = 0, index = 0, first_slot = run_begin, next_slot = run_begin;
-    if (plan.max_pieces == 0) {
-      const int first_block = stretches.block_of(run_begin);
-      pieces = stretches.block_of(run_end - 1) - first_block + 1;
-      index = here.number - first_block;
-      first_slot = stretches.slot(run_begin, first_block);
-      next_slot = 2 * first_block;  // other blocks meet the run at the start of their stretches
-    } else {
-      end = unit + 1;
-      pieces = units.units;
-      index = unit - run_begin;
-    }
+    const int end = plan.max_pieces > 0 ? unit + 1 : stop < run_end ? stop : run_end;
     const int begin_tile = (unit - run_begin) * units.tiles_per_unit,
               end_tile = (end - run_begin) * units.tiles_per_unit;
-    const auto u = [](int x) { return static_cast<uint32_t>(x); };
-    const uint32_t at = scratch_ + kPieceAt;
-    dev::st_shared(at, uint4{u(r.table_row), u(r.seq_len), u(r.q_len), u(r.first_token)});
-    dev::st_shared(at + 16, uint4{u(first_row), u(left < kRowsPerTile * NT ? left : kRowsPerTile * NT),
-                                  u(here.head_group(heads) * plan.heads_per_block), u(range.first_tile + begin_tile)});
-    dev::st_shared(at + 32, uint4{u(range.first_tile + (end_tile < range.tiles ? end_tile : range.tiles)), u(pieces),
-                                  u(index), u(here.slot(first_slot))});
-    dev::st_shared(at + 48, uint2{u(here.slot(next_slot)), u((plan.max_pieces == 0 ? 2 : 1) << plan.column_shift)});
-    dev::st_shared(scratch_, uint4{u(end), u(stop), u(before), u(b)});
-    dev::st_shared<int32_t>(scratch_ + 16, stretches.units);
+    if (dev::thread_index() == 0) {
+      const auto u = [](int x) { return static_cast<uint32_t>(x); };
+      dev::st_shared(scratch_, uint4{u(end), u(stop), u(before), u(b)});
+      dev::st_shared<int32_t>(scratch_ + 16, stretches.units);
+    }
+    Piece piece;
+    piece.table_row = r.table_row;
+    piece.seq_len = r.seq_len;
+    piece.q_len = r.q_len;
+    piece.rows = {r.first_token, first_row, left < kRowsPerTile * NT ? left : kRowsPerTile * NT, plan.group,
+                  plan.group_magic};
+    piece.kv_head = place(plan).head_group(heads) * plan.heads_per_block;
+    piece.tile_begin = range.first_tile + begin_tile;
+    piece.tile_end = range.first_tile + (end_tile < range.tiles ? end_tile : range.tiles);
+    piece.unit = unit;
+    piece.run_begin = run_begin;
+    piece.run_units = units.units;
+    piece.units_of_block = stretches.units;
+    return piece;
   }
 };
 

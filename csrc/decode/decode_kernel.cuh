@@ -320,12 +320,13 @@ SAW_INT4_DEVICE void attend(Softmax<D, NT, kGroups>& s, const Query<D, NT, kGrou
   }
 }
 
-// The tiles of `piece`, pipelined; leaves the block's softmax state in registers and no copy in flight.
-template <int D, int NT, int kGroups>
+// The tiles of `piece`, pipelined; leaves the block's softmax state in registers and no copy in flight. meanwhile():
+// for one thread, while the slots are on their way.
+template <int D, int NT, int kGroups, typename Meanwhile>
 SAW_INT4_DEVICE void run_tiles(Softmax<D, NT, kGroups>& s, const DecodeParams& p, const DecodePlan& plan,
-                               const Piece& piece) {
+                               const Piece& piece, const Meanwhile& meanwhile) {
   const uint32_t base = dev::shared_base();
-  const int thread = dev::thread_index(), stages = plan.stages, tile_tokens = plan.tile_tokens;
+  const int thread = dev::thread_index(), stages = plan.stages, stage_tokens = plan.stage_tokens;
   constexpr int kRowBytes = row_bytes(D, kGroups);
   const int token_bytes = p.num_kv_heads * kRowBytes;
   const int block_head_bytes = piece.kv_head * kRowBytes;
@@ -333,17 +334,23 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT, kGroups>& s, const DecodeParams& p
   const TileSource source{p.slot_table + piece.table_row * p.table_stride, block_head_bytes - inside_chunk, token_bytes,
                           piece.seq_len};
   const uint32_t slots = base + plan.slots_offset;
-  const bool has_slot = thread < tile_tokens;
+  const bool has_slot = thread < stage_tokens;
+  const auto first_token = [&](int i) { return piece.tile_begin * plan.tile_tokens + i * stage_tokens; };  // of stage i
+  constexpr int kTiles = tiles_per_stage(NT);
+  const int tiles = piece.tile_end - piece.tile_begin, used_stages = (tiles + kTiles - 1) / kTiles;
+  const int half_stage = tiles % kTiles != 0 ? used_stages - 1 : -1;  // that has one tile only
+  const auto tokens_in = [&](int i) { return kTiles > 1 && i == half_stage ? plan.tile_tokens : stage_tokens; };
 
-  // Slots of the first `stages` tiles and query rows, in one trip to memory; then the copies of all tiles but the last.
+  // Slots of the first `stages` stages and query rows, in one trip to memory; then the copies of all stages but the
+  // last.
   int first_slots[kMaxStages];
   SAW_INT4_UNROLL
   for (int i = 0; i < kMaxStages; ++i)
-    first_slots[i] =
-        has_slot && i < stages ? fetch_slot(source, (piece.tile_begin + i) * tile_tokens + thread) : kPastEnd;
-  int next_slot = has_slot ? fetch_slot(source, (piece.tile_begin + stages) * tile_tokens + thread) : kPastEnd;
+    first_slots[i] = has_slot && i < stages ? fetch_slot(source, first_token(i) + thread) : kPastEnd;
+  int next_slot = has_slot ? fetch_slot(source, first_token(stages) + thread) : kPastEnd;
   const QueryTurns<D, NT> turns{plan.heads_shift, piece.rows.rows};
   RawQuery<D> raw_query = fetch_query(p, piece.rows, piece.kv_head, turns, 0);
+  if (thread == dev::thread_count() - 1) meanwhile();
   // What each query row sees. Rows of a pass: 0 .. rows - 1; the padding sees nothing.
   const int first_new = piece.seq_len - piece.q_len;
   const int first_position = first_new + piece.rows.token(0);
@@ -371,12 +378,12 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT, kGroups>& s, const DecodeParams& p
   SAW_INT4_UNROLL
   for (int i = 0; i < kMaxStages; ++i)
     if (has_slot && i < stages)
-      dev::st_shared<int32_t>(slots + (i * tile_tokens + thread) * 4, checked_slot(first_slots[i], p.num_slots));
+      dev::st_shared<int32_t>(slots + (i * stage_tokens + thread) * 4, checked_slot(first_slots[i], p.num_slots));
   dev::block_sync();
   SAW_INT4_UNROLL_BY(1)
   for (int i = 0; i < stages - 1; ++i) {
-    if (piece.tile_begin + i < piece.tile_end)
-      copy_tile<4>(p, plan, source, slots + i * tile_tokens * 4, base + i * plan.stage_bytes);
+    if (i < used_stages)
+      copy_stage<4>(p, plan, source, tokens_in(i), slots + i * stage_tokens * 4, base + i * plan.stage_bytes);
     dev::cp_async_commit();
   }
 
@@ -388,31 +395,39 @@ SAW_INT4_DEVICE void run_tiles(Softmax<D, NT, kGroups>& s, const DecodeParams& p
   }
   dev::block_sync();
   const int head = dev::warp_id() / plan.ways, way = dev::warp_id() % plan.ways;
-  const uint32_t my_rows = (way * kTokensPerWarp) * plan.token_stride + inside_chunk + head * kRowBytes;
+  const uint32_t head_rows = base + inside_chunk + head * kRowBytes;
   Query<D, NT, kGroups> query;
   query.shared = base + plan.query_offset + head * query_bytes(D, NT, kGroups);
   query.load();
 
   int stage = 0;
-  for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
+  for (int i = 0; i < used_stages; ++i) {
     wait_oldest(stages);
     dev::block_sync();
-    const int before = stage == 0 ? stages - 1 : stage - 1;  // the tile that everybody has left
-    const int ahead = tile + stages - 1;
-    if (ahead < piece.tile_end)
-      copy_tile<4>(p, plan, source, slots + before * tile_tokens * 4, base + before * plan.stage_bytes);
+    const int before = stage == 0 ? stages - 1 : stage - 1;  // the stage that everybody has left
+    const int ahead = i + stages - 1;
+    if (ahead < used_stages)
+      copy_stage<4>(p, plan, source, tokens_in(ahead), slots + before * stage_tokens * 4,
+                    base + before * plan.stage_bytes);
     dev::cp_async_commit();
     if (has_slot) {
-      dev::st_shared<int32_t>(slots + (stage * tile_tokens + thread) * 4, checked_slot(next_slot, p.num_slots));
-      next_slot = fetch_slot(source, (ahead + 2) * tile_tokens + thread);
+      dev::st_shared<int32_t>(slots + (stage * stage_tokens + thread) * 4, checked_slot(next_slot, p.num_slots));
+      next_slot = fetch_slot(source, first_token(ahead + 2) + thread);
     }
-    const int token = tile * tile_tokens + way * kTokensPerWarp;
-    const bool masked = token + kTokensPerWarp > unmasked_end || token < unmasked_begin;
-    const uint32_t k_row = base + stage * plan.stage_bytes + my_rows;
+    const bool half = kTiles > 1 && i == half_stage;
+    const int mine = half ? kTokensPerWarp / kTiles : kTokensPerWarp;
+    const int token = first_token(i) + way * mine;
+    const bool masked = token + mine > unmasked_end || token < unmasked_begin;
+    const uint32_t k_row = head_rows + stage * plan.stage_bytes + way * mine * plan.token_stride;
+    const uint32_t v_row = k_row + plan.stage_bytes / 2;
     constexpr int kMT = token_tiles(D, NT, kGroups, dev::kMeasuredArch);
-    for (int t = 0; t < kTokensPerWarp; t += 16 * kMT)
-      attend<kMT>(s, query, k_row + t * plan.token_stride, k_row + plan.stage_bytes / 2 + t * plan.token_stride,
-                  plan.token_stride, token + t, masked, masks, p.logit_cap);
+    if (half) {
+      attend<1>(s, query, k_row, v_row, plan.token_stride, token, masked, masks, p.logit_cap);
+    } else {
+      for (int t = 0; t < kTokensPerWarp; t += 16 * kMT)
+        attend<kMT>(s, query, k_row + t * plan.token_stride, v_row + t * plan.token_stride, plan.token_stride,
+                    token + t, masked, masks, p.logit_cap);
+    }
     if (++stage == stages) stage = 0;
   }
   dev::cp_async_wait<0>();
@@ -428,19 +443,20 @@ SAW_INT4_DEVICE void finish_row(const DecodeParams& p, const DecodePlan& plan, c
 }
 
 // Where piece i of the run lies in the workspace.
-SAW_INT4_DEVICE uint8_t* piece_memory(const DecodeParams& p, const DecodePlan& plan, const Piece& piece, int i) {
-  return static_cast<uint8_t*>(p.workspace) + piece.slot(i) * plan.piece_floats * 4;
+SAW_INT4_DEVICE uint8_t* piece_memory(const DecodeParams& p, const DecodePlan& plan, const Share& share, int i) {
+  return static_cast<uint8_t*>(p.workspace) + share.slot(i) * plan.piece_floats * 4;
 }
 
 // The softmax states of the block's warps to finished rows, or to the block's slot of the workspace.
 template <int D, int NT, int kGroups>
 SAW_INT4_DEVICE void write_piece(Softmax<D, NT, kGroups>& s, const DecodeParams& p, const DecodePlan& plan,
-                                 const Piece& piece) {
+                                 const Piece& piece, const Share& share) {
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
   const uint32_t records = dev::shared_base(), mine = records + dev::warp_id() * kRowsPerTile * Record<D>::kBytes;
   const float unit = s.v_cap * (1.f / (1 << kWeightBits));
   SAW_INT4_UNROLL
   for (int nt = 0; nt < NT; ++nt) {
+    const int left = piece.rows.rows - nt * kRowsPerTile, used = left < kRowsPerTile ? left : kRowsPerTile;
     dev::block_sync();  // the stages, or the row tile before, are no longer read
     SAW_INT4_UNROLL
     for (int u = 0; u < 2; ++u) {
@@ -453,95 +469,105 @@ SAW_INT4_DEVICE void write_piece(Softmax<D, NT, kGroups>& s, const DecodeParams&
         SAW_INT4_UNROLL
         for (int group = 0; group < kGroups; ++group) extra[group] += dev::shfl_xor(extra[group], mask);
       }
+      if (2 * c + u >= used) continue;
       const uint32_t record = mine + (2 * c + u) * Record<D>::kBytes;
       if (g == 0) dev::st_shared(record + Record<D>::kSumsAt, float2{s.m[nt][u], l});
       SAW_INT4_UNROLL
       for (int wg = 0; wg < s.kWordGroups; ++wg) {
         const int word = 8 * wg + g;
         if (word >= D / kCodesPerWord) continue;
-        const uint32_t at = record + word * kCodesPerWord * 4;
+        float x[kCodesPerWord];
+        SAW_INT4_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float centre = extra[group_of_channel(2 * i, kGroups)];
+          x[2 * i] = dev::fma_rn(s.o[nt][4 * wg + i][u], unit, centre);
+          x[2 * i + 1] = dev::fma_rn(s.o[nt][4 * wg + i][u + 2], unit, centre);
+        }
+        // Lanes with odd g store their halves in the other order: neighbours meet in no bank.
+        const bool swap = g % 2 != 0;
         SAW_INT4_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const auto& a = s.o[nt][4 * wg + 2 * half];
-          const auto& b = s.o[nt][4 * wg + 2 * half + 1];
-          const float x = extra[group_of_channel(4 * half, kGroups)];
-          dev::st_shared(at + 16 * half, float4{dev::fma_rn(a[u], unit, x), dev::fma_rn(a[u + 2], unit, x),
-                                                dev::fma_rn(b[u], unit, x), dev::fma_rn(b[u + 2], unit, x)});
+          float4 v;
+          v.x = (half != 0) != swap ? x[4] : x[0];
+          v.y = (half != 0) != swap ? x[5] : x[1];
+          v.z = (half != 0) != swap ? x[6] : x[2];
+          v.w = (half != 0) != swap ? x[7] : x[3];
+          dev::st_shared(record + word * kCodesPerWord * 4 + 16 * (swap ? 1 - half : half), v);
         }
       }
     }
     dev::block_sync();
-    const int left = piece.rows.rows - nt * kRowsPerTile, used = left < kRowsPerTile ? left : kRowsPerTile;
     for (int i = dev::warp_id(); i < used << plan.heads_shift; i += plan.warps) {
       const int head = i & (plan.heads_per_block - 1), row = i >> plan.heads_shift;
       const int index = i + (nt * kRowsPerTile << plan.heads_shift);
-      RowPiece<D> sum = sum_records<D>(records + (head * plan.ways * kRowsPerTile + row) * Record<D>::kBytes,
-                                       kRowsPerTile * Record<D>::kBytes, plan.ways);
-      if (piece.pieces == 1) {
+      RowPiece<D> sum = sum_shared_records<D>(records + (head * plan.ways * kRowsPerTile + row) * Record<D>::kBytes,
+                                              kRowsPerTile * Record<D>::kBytes, plan.ways);
+      if (share.pieces == 1) {
         finish_row<D>(p, plan, piece, sum, index);
       } else {
-        uint8_t* to = piece_memory(p, plan, piece, piece.index) + index * Record<D>::kBytes;
+        uint8_t* to = piece_memory(p, plan, share, share.index) + index * Record<D>::kBytes;
         store_record(sum, [&](int at, const float4& x) { dev::st_global(reinterpret_cast<float4*>(to + at), x); });
       }
     }
   }
 }
 
-// Adds up the pieces of a run and writes its rows. All pieces of as many rows as fit come to shared memory at once;
-// where not even the fewest rows' do, record 0 holds what the rounds before have added up.
+// Adds up the pieces of a run and writes its rows. Where there are fewer rows than warps, several warps share a row:
+// each adds every ways-th piece, the first of them what they found.
 template <int D>
-SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, const Piece& piece) {
-  constexpr int kRow = Record<D>::kBytes;
-  const uint32_t base = dev::shared_base();
-  const int pieces = piece.pieces, all_rows = piece.rows.rows << plan.heads_shift;
-  const int fitting = plan.stages_bytes / (pieces * kRow), at_once = fitting < plan.warps ? plan.warps : fitting;
+SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, const Piece& piece, const Share& share) {
+  const int rows = piece.rows.rows << plan.heads_shift, pieces = share.pieces;
+  int shift = 0;  // logarithm of the warps that share a row
+  while (rows << (shift + 1) <= plan.warps && pieces > 1 << shift) ++shift;
+  const int ways = 1 << shift, way = dev::warp_id() & (ways - 1), mine = (pieces - way + ways - 1) >> shift;
+  const uint32_t record = dev::shared_base() + dev::warp_id() * Record<D>::kBytes;
+  const int64_t step = (plan.piece_floats * 4 * share.slot_step)
+                       << shift;  // bytes between pieces of a warp, but the run's 0
   SAW_INT4_UNROLL_BY(1)
-  for (int first_row = 0; first_row < all_rows; first_row += at_once) {
-    const int rows = all_rows - first_row < at_once ? all_rows - first_row : at_once, bytes = rows * kRow;
-    const int room = plan.stages_bytes / bytes;
-    SAW_INT4_UNROLL_BY(1)
-    for (int done = 0; done < pieces;) {
-      const int kept = done > 0 ? 1 : 0, left = pieces - done, more = left < room - kept ? left : room - kept;
-      SAW_INT4_UNROLL_BY(1)
-      for (int i = dev::warp_id(); i < more; i += plan.warps) {
-        const uint8_t* from = piece_memory(p, plan, piece, done + i) + first_row * kRow;
-        SAW_INT4_UNROLL_BY(4)
-        for (int at = 16 * dev::lane_id(); at < bytes; at += 16 * 32)
-          dev::cp_async_zfill<16>(base + (kept + i) * bytes + at, from + at, true);
-      }
-      dev::cp_async_commit();
-      dev::cp_async_wait<0>();
-      dev::block_sync();
-      done += more;
-      for (int row = dev::warp_id(); row < rows; row += plan.warps) {
-        const uint32_t records = base + row * kRow;
-        RowPiece<D> sum = sum_records<D>(records, bytes, kept + more);
-        if (done == pieces)
-          finish_row<D>(p, plan, piece, sum, first_row + row);
-        else
-          store_record(sum, [&](int at, const float4& x) { dev::st_shared(records + at, x); });
-      }
-      dev::block_sync();
-    }
+  for (int row = dev::warp_id() >> shift; row < rows; row += plan.warps >> shift) {
+    const uint8_t* first = piece_memory(p, plan, share, way) + row * Record<D>::kBytes;
+    const uint8_t* others = piece_memory(p, plan, share, way + ways) + row * Record<D>::kBytes - step;
+    const auto at = [&](int i) { return i == 0 ? first : others + i * step; };
+    RowPiece<D> sum = sum_records<D>(
+        mine,
+        [&](int i) { return dev::ld_global_coherent(reinterpret_cast<const float2*>(at(i) + Record<D>::kSumsAt)); },
+        [&](int i, int e) {
+          return dev::ld_global_coherent(reinterpret_cast<const float4*>(at(i) + Record<D>::at() + 4 * e));
+        });
+    if (ways == 1)
+      finish_row<D>(p, plan, piece, sum, row);
+    else
+      store_record(sum, [&](int byte, const float4& x) { dev::st_shared(record + byte, x); });
   }
+  if (ways == 1) return;
+  dev::block_sync();
+  const int row = dev::warp_id() >> shift;
+  if (way != 0 || row >= rows) return;
+  RowPiece<D> sum = sum_shared_records<D>(record, Record<D>::kBytes, ways);
+  finish_row<D>(p, plan, piece, sum, row);
+}
+
+// Counts the pieces of a run: the counter of its first query row and head.
+SAW_INT4_DEVICE uint32_t* run_counter(const DecodeParams& p, const Piece& piece) {
+  const int64_t first_row = static_cast<int64_t>(piece.rows.first_token + piece.rows.token(0)) * p.num_q_heads +
+                            piece.kv_head * piece.rows.group + piece.rows.head(0);
+  return reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.workspace) + p.workspace_bytes) - 1 - first_row;
 }
 
 // Counts a piece of a run; true for the last.
-SAW_INT4_DEVICE bool arrives_last(const DecodeParams& p, const Piece& piece, uint32_t scratch) {
-  // The counter is that of the run's first query row and head.
-  const int64_t first_row = static_cast<int64_t>(piece.rows.first_token + piece.rows.token(0)) * p.num_q_heads +
-                            piece.kv_head * piece.rows.group + piece.rows.head(0);
-  uint32_t* counter =
-      reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.workspace) + p.workspace_bytes) - 1 - first_row;
-  dev::thread_fence();
+SAW_INT4_DEVICE bool arrives_last(uint32_t* counter, int pieces, uint32_t scratch) {
   dev::block_sync();
-  if (dev::thread_index() == 0) dev::st_shared<uint32_t>(scratch, dev::atomic_add_u32(counter, 1));
+  if (dev::thread_index() == 0) {
+    dev::thread_fence();
+    const auto before = static_cast<int32_t>(dev::atomic_add_u32(counter, 1));
+    if (before + 1 == pieces) {
+      dev::thread_fence();
+      dev::st_global(counter, 0u);  // for the next launch
+    }
+    dev::st_shared(scratch, before);
+  }
   dev::block_sync();
-  const int arrived = static_cast<int>(dev::ld_shared<uint32_t>(scratch)) + 1;
-  if (arrived != piece.pieces) return false;
-  dev::thread_fence();
-  if (dev::thread_index() == 0) dev::st_global(counter, 0u);  // for the next launch
-  return true;
+  return dev::ld_shared<int32_t>(scratch) + 1 == pieces;
 }
 
 template <int D, int NT, int kGroups>
@@ -550,18 +576,20 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * kMaxWarps,
     saw_int4_decode_kernel(const DecodeParams p, const DecodePlan plan) {
   const uint32_t scratch = dev::shared_base() + plan.scratch_offset;
   const Cursor<NT> cursor(scratch);
-  cursor.start(p, plan);
-  dev::block_sync();
-  while (cursor.has_piece()) {
-    const Piece piece = cursor.piece(plan);
+  Piece piece = cursor.start(p, plan);
+  while (piece.exists()) {
     Softmax<D, NT, kGroups> state;
     reset(state);
-    run_tiles(state, p, plan, piece);
-    write_piece(state, p, plan, piece);
-    if (piece.pieces > 1 && arrives_last(p, piece, scratch + cursor.kFreeAt)) merge_run<D>(p, plan, piece);
-    dev::block_sync();
-    cursor.next(p, plan);
-    dev::block_sync();
+    run_tiles(state, p, plan, piece, [&] {
+      const Share share = cursor.share(plan, piece);
+      cursor.keep_share(share);
+      if (share.pieces > 1) dev::prefetch_l2(run_counter(p, piece));
+    });
+    const Share share = cursor.kept_share();
+    write_piece(state, p, plan, piece, share);
+    if (share.pieces > 1 && arrives_last(run_counter(p, piece), share.pieces, scratch + cursor.kFreeAt))
+      merge_run<D>(p, plan, piece, share);
+    piece = cursor.next(p, plan);
   }
 }
 

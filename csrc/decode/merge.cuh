@@ -80,46 +80,57 @@ SAW_INT4_DEVICE void store_record(const RowPiece<D>& row, const Store& store) {
     store(Record<D>::at() + 4 * i, float4{row.o[i], row.o[i + 1], row.o[i + 2], row.o[i + 3]});
 }
 
-// Adds up n records of one row, `stride` bytes apart in shared memory.
-template <int D>
-SAW_INT4_DEVICE RowPiece<D> sum_records(uint32_t first, int stride, int n) {
-  constexpr int N = RowPiece<D>::kPerLane;
+// Adds up n records of one row: sums(i) is (m, l) of record i, channels(i, e) the lane's channels e .. e + 3. Records
+// come kAtOnce at a time, all their loads together: one trip to memory each.
+template <int D, typename Sums, typename Channels>
+SAW_INT4_DEVICE RowPiece<D> sum_records(int n, const Sums& sums, const Channels& channels) {
+  constexpr int N = RowPiece<D>::kPerLane, kAtOnce = 4;
+  const bool has_channels = lane_has_channels<D>();
   RowPiece<D> sum;
   SAW_INT4_UNROLL
-  for (int i = 0; i < N; ++i) sum.o[i] = 0.f;
+  for (int e = 0; e < N; ++e) sum.o[e] = 0.f;
   SAW_INT4_UNROLL_BY(1)
-  for (int base = 0; base < n; base += 32) {
-    // Lane i weighs record base + i; then every lane adds its channels of all of them.
-    const int mine = base + dev::lane_id();
-    float2 ml{-INFINITY, 0.f};
-    if (mine < n) ml = dev::ld_shared<float2>(first + mine * stride + Record<D>::kSumsAt);
-    float top = dev::fmax(sum.m, ml.x);
+  for (int base = 0; base < n; base += kAtOnce) {
+    float2 ml[kAtOnce];
+    float4 o[kAtOnce][N / 4];
+    float top = sum.m;
     SAW_INT4_UNROLL
-    for (int mask = 16; mask >= 1; mask /= 2) top = dev::fmax(top, dev::shfl_xor(top, mask));
-    const float keep = piece_weight(sum.m, top), weight = piece_weight(ml.x, top);
-    float l = ml.y * weight;
+    for (int i = 0; i < kAtOnce; ++i) {
+      const bool valid = base + i < n;
+      ml[i] = valid ? sums(base + i) : float2{-INFINITY, 0.f};
+      SAW_INT4_UNROLL
+      for (int e = 0; e < N; e += 4)
+        o[i][e / 4] = valid && has_channels ? channels(base + i, e) : float4{0.f, 0.f, 0.f, 0.f};
+    }
     SAW_INT4_UNROLL
-    for (int mask = 16; mask >= 1; mask /= 2) l += dev::shfl_xor(l, mask);
+    for (int i = 0; i < kAtOnce; ++i) top = dev::fmax(top, ml[i].x);
+    const float keep = piece_weight(sum.m, top);
     sum.m = top;
-    sum.l = dev::fma_rn(sum.l, keep, l);
+    sum.l *= keep;
     SAW_INT4_UNROLL
-    for (int i = 0; i < N; ++i) sum.o[i] *= keep;
-    const int here = n - base < 32 ? n - base : 32;
-    SAW_INT4_UNROLL_BY(4)
-    for (int i = 0; i < here; ++i) {
-      const float w = dev::shfl_idx(weight, i);
-      if (!lane_has_channels<D>()) continue;
+    for (int e = 0; e < N; ++e) sum.o[e] *= keep;
+    SAW_INT4_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float w = piece_weight(ml[i].x, top);
+      sum.l = dev::fma_rn(ml[i].y, w, sum.l);
       SAW_INT4_UNROLL
       for (int e = 0; e < N; e += 4) {
-        const auto o = dev::ld_shared<float4>(first + (base + i) * stride + Record<D>::at() + 4 * e);
-        sum.o[e] = dev::fma_rn(o.x, w, sum.o[e]);
-        sum.o[e + 1] = dev::fma_rn(o.y, w, sum.o[e + 1]);
-        sum.o[e + 2] = dev::fma_rn(o.z, w, sum.o[e + 2]);
-        sum.o[e + 3] = dev::fma_rn(o.w, w, sum.o[e + 3]);
+        sum.o[e] = dev::fma_rn(o[i][e / 4].x, w, sum.o[e]);
+        sum.o[e + 1] = dev::fma_rn(o[i][e / 4].y, w, sum.o[e + 1]);
+        sum.o[e + 2] = dev::fma_rn(o[i][e / 4].z, w, sum.o[e + 2]);
+        sum.o[e + 3] = dev::fma_rn(o[i][e / 4].w, w, sum.o[e + 3]);
       }
     }
   }
   return sum;
+}
+
+// The same for records of shared memory, `stride` bytes apart.
+template <int D>
+SAW_INT4_DEVICE RowPiece<D> sum_shared_records(uint32_t first, int stride, int n) {
+  return sum_records<D>(
+      n, [&](int i) { return dev::ld_shared<float2>(first + i * stride + Record<D>::kSumsAt); },
+      [&](int i, int e) { return dev::ld_shared<float4>(first + i * stride + Record<D>::at() + 4 * e); });
 }
 
 }  // namespace saw_int4

@@ -32,9 +32,9 @@ SAW_INT4_DEVICE int checked_slot(int slot, int64_t num_slots) {
 }
 
 template <int BYTES, int kUnroll>
-SAW_INT4_DEVICE void copy_chunks(const DecodeParams& p, const DecodePlan& plan, const TileSource& source,
+SAW_INT4_DEVICE void copy_chunks(const DecodeParams& p, const DecodePlan& plan, const TileSource& source, int tokens,
                                  uint32_t slots_addr, uint32_t stage_addr) {
-  const int chunks = plan.tile_tokens * plan.chunks_per_token;
+  const int chunks = tokens * plan.chunks_per_token;
   const uint32_t v_stage = plan.stage_bytes / 2;
   SAW_INT4_UNROLL_BY(kUnroll)
   for (int i = dev::thread_index(); i < chunks; i += dev::thread_count()) {
@@ -50,16 +50,17 @@ SAW_INT4_DEVICE void copy_chunks(const DecodeParams& p, const DecodePlan& plan, 
   }
 }
 
-// kUnroll: of the 16-byte loop; the others are for few KV heads only and kept short, since code costs start-up time.
+// The stage's first `tokens` tokens. kUnroll: of the 16-byte loop; the others are for few KV heads only and kept short,
+// since code costs start-up time.
 template <int kUnroll>
-SAW_INT4_DEVICE void copy_tile(const DecodeParams& p, const DecodePlan& plan, const TileSource& source,
-                               uint32_t slots_addr, uint32_t stage_addr) {
+SAW_INT4_DEVICE void copy_stage(const DecodeParams& p, const DecodePlan& plan, const TileSource& source, int tokens,
+                                uint32_t slots_addr, uint32_t stage_addr) {
   if (plan.chunk_bytes == 16)
-    copy_chunks<16, kUnroll>(p, plan, source, slots_addr, stage_addr);
+    copy_chunks<16, kUnroll>(p, plan, source, tokens, slots_addr, stage_addr);
   else if (plan.chunk_bytes == 8)
-    copy_chunks<8, (kUnroll + 1) / 2>(p, plan, source, slots_addr, stage_addr);
+    copy_chunks<8, (kUnroll + 1) / 2>(p, plan, source, tokens, slots_addr, stage_addr);
   else
-    copy_chunks<4, (kUnroll + 1) / 2>(p, plan, source, slots_addr, stage_addr);
+    copy_chunks<4, (kUnroll + 1) / 2>(p, plan, source, tokens, slots_addr, stage_addr);
 }
 
 // Waits until the oldest of the (stages - 1) copies in flight has landed.

@@ -169,7 +169,12 @@ SAW_INT4_DEVICE TransformedQuery<D, kGroups> transform_row(const DecodeParams& p
       x[i + 3] *= scale.w;
     }
   }
-  hadamard<N>(x, order);
+  // The usual order as a constant: without branches between its shuffles.
+  constexpr int kFullOrder = D & -D;
+  if (order == kFullOrder)
+    hadamard<N>(x, kFullOrder);
+  else
+    hadamard<N>(x, order);
   if (calibrated) {
     SAW_INT4_UNROLL
     for (int i = 0; i < N; i += 4) {
@@ -217,7 +222,8 @@ SAW_INT4_DEVICE TransformedQuery<D, kGroups> transform_row(const DecodeParams& p
     }
     mean_score += dev::shfl_xor(mean_score, mask);
   }
-  const float unit = p.sm_scale * kLog2e, k = unit * hadamard_norm(order) * grow;
+  const float norm = order == kFullOrder ? hadamard_norm(kFullOrder) : hadamard_norm(order);
+  const float unit = p.sm_scale * kLog2e, k = unit * norm * grow;
   q.terms.k = k;
   SAW_INT4_UNROLL
   for (int g = 0; g < kGroups; ++g) {

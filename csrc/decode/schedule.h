@@ -83,7 +83,6 @@ SAW_INT4_HD constexpr BlockPlace block_place(int block, int column_shift) {
 }
 
 // A column's line of units, cut into stretches of equal length; the last may be shorter, and blocks past it have none.
-// No other cut gives the busiest block less.
 struct Stretches {
   int units;  // of a block
 
@@ -98,8 +97,12 @@ struct Stretches {
   }
 };
 
-SAW_INT4_HD constexpr Stretches cut(int units_of_column, int blocks_of_column) {
-  return {(units_of_column + blocks_of_column - 1) / blocks_of_column};
+// Long stretches are whole stages of tiles_per_stage (1 or 2) units: the busiest block has little more to do, runs of
+// 2^n tiles are cut into fewer pieces, and no stage is half empty.
+inline constexpr int kWholeStagesFrom = 8;
+SAW_INT4_HD constexpr Stretches cut(int units_of_column, int blocks_of_column, int tiles_per_stage) {
+  const int units = (units_of_column + blocks_of_column - 1) / blocks_of_column;
+  return {units > kWholeStagesFrom ? units + units % tiles_per_stage : units};
 }
 
 }  // namespace saw_int4

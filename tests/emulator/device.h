@@ -115,6 +115,12 @@ inline bool any(bool predicate, Site site = Site::current()) {
   });
 }
 
+inline int count_lanes(bool predicate, Site site = Site::current()) {
+  return machine().collective<int>("count_lanes", site, predicate, [](const bool* in, int* out) {
+    std::fill(out, out + 32, static_cast<int>(std::count(in, in + 32, true)));
+  });
+}
+
 inline int warp_id() {
   return machine().current().warp->index;
 }
@@ -180,6 +186,7 @@ template <class T>
 void st_global(T* pointer, T value, Site site = Site::current()) {
   machine().global().write(pointer, &value, sizeof(T), machine().accessor(), site);
 }
+inline void prefetch_l2(const void*) {}
 inline void thread_fence() {
   machine().global().fence(machine().accessor());
 }

@@ -456,13 +456,14 @@ SAW_INT4_KERNEL movmatrix_kernel(LaneParams p) {
 
 SAW_INT4_KERNEL collectives_kernel(LaneParams p) {
   const int value = static_cast<int>(ld_global(p.in + thread_index()));
-  uint32_t* out = p.out + 6 * thread_index();
+  uint32_t* out = p.out + 7 * thread_index();
   st_global(out, static_cast<uint32_t>(shfl_xor(value, 5)));
   st_global(out + 1, static_cast<uint32_t>(shfl_up(value, 3)));
   st_global(out + 2, static_cast<uint32_t>(shfl_idx(value, (lane_id() * 7) % 32)));
   st_global(out + 3, static_cast<uint32_t>(any(value == 40)));
   st_global(out + 4, static_cast<uint32_t>(any(value < 0)));
   st_global(out + 5, static_cast<uint32_t>(warp_id()));
+  st_global(out + 6, static_cast<uint32_t>(count_lanes(value % 3 == 0)));
 }
 
 std::vector<uint32_t> run_lanes(void (*kernel)(LaneParams), const char* name, int threads,
@@ -488,7 +489,7 @@ PYBIND11_MODULE(SAW_INT4_MODULE, m) {
   m.def("movmatrix",
         [](const std::vector<uint32_t>& in) { return run_lanes(movmatrix_kernel, "movmatrix", 32, in, 32); });
   m.def("collectives",
-        [](const std::vector<uint32_t>& in) { return run_lanes(collectives_kernel, "collectives", 64, in, 6 * 64); });
+        [](const std::vector<uint32_t>& in) { return run_lanes(collectives_kernel, "collectives", 64, in, 7 * 64); });
   m.def("half_to_float", &saw_int4::emulator::half_to_float);
   m.def("float_to_half", &saw_int4::emulator::float_to_half);
   m.def("float_to_bf16", &saw_int4::emulator::float_to_bf16);

@@ -307,7 +307,7 @@ def test_movmatrix_transposes(emulator):
 
 def test_shuffles_and_votes(emulator):
     values = list(range(10, 74))
-    rows = np.array(emulator.collectives(values), np.uint32).reshape(64, 6)
+    rows = np.array(emulator.collectives(values), np.uint32).reshape(64, 7)
     for thread, row in enumerate(rows):
         warp, lane = divmod(thread, 32)
         first = 10 + 32 * warp
@@ -318,6 +318,7 @@ def test_shuffles_and_votes(emulator):
             int(warp == 0),  # 40 is among the values of warp 0
             0,
             warp,
+            (10, 11)[warp],  # multiples of 3
         ]
 
 

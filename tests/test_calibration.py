@@ -17,7 +17,7 @@ from saw_int4.calibration import artifact, attention_hook, automatic, fit
 from saw_int4.calibration.attention_hook import AttentionCall
 from saw_int4.calibration.calibrate import calibrate
 from saw_int4.calibration.fingerprint import model_fingerprint
-from saw_int4.calibration.statistics import LayerStatistics
+from saw_int4.calibration.statistics import HeldOut, LayerStatistics
 
 MODEL = os.environ.get("SAW_INT4_TEST_MODEL")
 HEADS, GROUP, D = 2, 3, 64
@@ -138,6 +138,21 @@ def test_fit_never_loses_to_the_rotation_alone(order, bias):
     assert all(kl <= plain for kl, plain in zip(found.kl, found.kl_plain))
     if bias:
         assert sum(found.kl) < 0.05 * sum(found.kl_plain)
+
+
+@pytest.mark.parametrize("bias", [0.0, 300.0])
+def test_fit_does_not_lose_on_tokens_that_took_no_part(bias):
+    call = attention_call(5, tokens=1024, bias=bias)
+    statistics = statistics_of(call._replace(q=call.q[:512], k=call.k[:512], v=call.v[:512]))
+    others = HeldOut.of(call, 512)
+    exact = fit.attention_logits(others)
+
+    def divergence(transform):
+        return fit.key_divergence(others, exact, transform, D)
+
+    plain = divergence(fit.plain(statistics))
+    assert (divergence(fit.fit_layer(statistics, D).transform) < plain).all()
+    assert (divergence(random_transform(0)) > plain).any()  # a transform that does not fit loses
 
 
 def test_fit_does_not_see_how_a_checkpoint_splits_scale():

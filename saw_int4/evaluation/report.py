@@ -6,6 +6,7 @@ from pathlib import Path
 
 from saw_int4.calibration import fit
 from saw_int4.evaluation.quantizers import LayerSample
+from saw_int4.format import default_rotation_order
 
 
 def table(rows: list[dict]) -> str:
@@ -61,14 +62,20 @@ def plots(rows: list[dict], layers: list[dict], samples: dict[int, LayerSample],
         plt.close(figure)
         written.append(path)
 
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for row in rows:
-        if row["method"] != "bf16":
-            axes.errorbar(row["bits"], row["kl"], row["kl_margin"], fmt="o" if row["ours"] else "s", capsize=2)
-            axes.annotate(
-                row["method"], (row["bits"], row["kl"]), fontsize=7, xytext=(4, 2), textcoords="offset points"
-            )
-    axes.set(xlabel="bits per element", ylabel="KL to BF16 (nats)", yscale="log", title=name)
+    shown = sorted((row for row in rows if row["kl"] > 0), key=lambda row: (row["bits"], row["kl"]))
+    figure, axes = plt.subplots(figsize=(8, 7))
+    least, most = (f((row["kl"] for row in shown), default=1.0) for f in (min, max))
+    apart, below = (most / least) ** (1 / 40), {}  # labels of methods of equal bits stand above each other
+    for row in shown:
+        bits, kl = row["bits"], row["kl"]
+        shape = dict(fmt="o", color="tab:blue") if row["ours"] else dict(fmt="s", color="tab:gray")
+        axes.errorbar(bits, kl, row["kl_margin"], capsize=2, **shape)
+        below[bits] = max(kl, below.get(bits, 0.0) * apart)
+        line = dict(arrowstyle="-", linewidth=0.4)
+        axes.annotate(row["method"], (bits, kl), (bits + 0.12, below[bits]), fontsize=7, va="center", arrowprops=line)
+    axes.margins(x=0.15)  # for the last label
+    axes.set(xlabel="bits per element", ylabel="KL to BF16 (nats)", yscale="log")
+    axes.set_title(f"{name}: in this package's format (circles), and others")
     save(figure, "error-against-bits")
 
     if layers:
@@ -77,12 +84,21 @@ def plots(rows: list[dict], layers: list[dict], samples: dict[int, LayerSample],
         axes.set(xlabel="the one quantized layer", ylabel="KL to BF16 (nats)", title=name)
         save(figure, "layers")
 
-    sample = samples[max(samples, key=lambda layer: float(samples[layer].k.abs().max()))]
+    layer = max(samples, key=lambda layer: float(samples[layer].k.abs().max()))
+    sample, head_dim = samples[layer], samples[layer].k.shape[-1]
     mean, scale, _ = fit.balanced(sample.statistics)
-    figure, axes = plt.subplots(figsize=(8, 3))
-    axes.plot(sample.k.abs().mean(0).flatten(), label="keys")
-    axes.plot(((sample.k - mean) / scale).abs().mean(0).flatten(), label="centred and balanced")
-    axes.set(xlabel="channel, heads side by side", ylabel="mean magnitude", yscale="log", title=name)
-    axes.legend()
+    stored = fit.fit_layer(sample.statistics, default_rotation_order(head_dim)).transform
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for label, keys in (
+        ("keys", sample.k),
+        ("centred and balanced", (sample.k - mean) / scale),
+        ("as stored: rotated too", stored.forward(sample.k, default_rotation_order(head_dim))),
+    ):
+        axes.plot(keys.abs().mean(0).flatten().cpu(), label=label, linewidth=1)
+    for head in range(1, sample.k.shape[1]):
+        axes.axvline(head * head_dim, color="black", linewidth=0.5)
+    axes.set(xlabel="channel, heads side by side", ylabel="mean magnitude", yscale="log")
+    axes.set_title(f"{name}: layer {layer}, which has the largest keys")
+    axes.legend(fontsize=7)
     save(figure, "key-channels")
     return written

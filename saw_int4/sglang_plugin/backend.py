@@ -19,7 +19,7 @@ from saw_int4 import env, ops
 from saw_int4.sglang_plugin import prefill, verify
 from saw_int4.sglang_plugin.plan import Group, Plan, decode_limit, plan_decode, plan_extend
 from saw_int4.sglang_plugin.pool import Int4KVPool, locate, pools_of
-from saw_int4.sglang_plugin.speculation import VerifyBuffers, plan_verify
+from saw_int4.sglang_plugin.speculation import VerifyBuffers, plan_verify, verify_mask
 from saw_int4.sglang_plugin.transform import KeyTransform
 from saw_int4.sglang_plugin.window_slots import WindowSlots
 
@@ -50,6 +50,7 @@ class Int4AttentionBackend(AttentionBackend):
         self._workspace_rows = self._graph_rows = 0
         self._batch_invariant = env.published().batch_invariant
         self._verify_buffers: VerifyBuffers | None = None  # where verifications are captured
+        self._verify_mask = verify_mask(self.kv_pool.device)
         self._bf16_layers = TorchNativeAttnBackend(model_runner)  # attention of layers that stay in BF16, on CPU only
         self._layers: dict[int, tuple[Int4KVPool, int, bool]] = {}  # checked layers, as pool.locate finds them
 
@@ -101,6 +102,10 @@ class Int4AttentionBackend(AttentionBackend):
     def shared_read_ends(self, fm) -> SharedReadEnds:
         """The kernels read req_to_token themselves, until the last layer."""
         return SharedReadEnds.UNKNOWN
+
+    @property
+    def verify_mask(self):
+        return self._verify_mask
 
     def support_triton(self) -> bool:
         return torch.cuda.is_available()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformEnum, SRTPlatform
 
-from saw_int4.sglang_plugin.names import sglang_version
+from saw_int4.sglang_plugin.names import NGRAM, WITH_DRAFT_MODEL, sglang_version
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -34,17 +34,23 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         cpu_transfers.install()
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        return algorithm == "NGRAM" and sglang_version() != "0.5.21"  # which does not ask for a worker below
+        known = (NGRAM, *WITH_DRAFT_MODEL)
+        return algorithm in known and sglang_version() != "0.5.21"  # which does not ask for a worker below
 
     def get_speculative_worker_cls(self, algorithm: str) -> type | None:
         from saw_int4.sglang_plugin import cpu_speculation
 
-        return cpu_speculation.worker_class() if algorithm == "NGRAM" else None
+        return cpu_speculation.worker_class(algorithm)
 
     def get_speculative_cache_locs_fn(self) -> Callable:
         from saw_int4.sglang_plugin import cpu_speculation
 
         return cpu_speculation.draft_slots
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        from saw_int4.sglang_plugin.pool import CpuKVPool
+
+        return CpuKVPool if kind == "mha" else None
 
     if sglang_version() == "0.5.21":  # later versions take their own classes where a platform names none
 

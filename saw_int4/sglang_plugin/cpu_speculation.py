@@ -1,4 +1,4 @@
-"""Ngram speculation on the CPU platform: the few steps for which SGLang has kernels of its own devices only, in torch.
+"""Speculation on the CPU platform: the few steps for which SGLang has kernels of its own devices only, in torch.
 
 Letters: B requests, D draft tokens of each. A request's drafts are a tree: token 0 is its root, ``next_token`` leads to
 a token's first child, ``next_sibling`` to the next child of the same parent; -1 is none.
@@ -13,34 +13,36 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from saw_int4.sglang_plugin.cpu_drafts import DraftBackends
 from saw_int4.sglang_plugin.names import KV_CACHE_DTYPE
 
 
-def worker_class() -> type:
-    """SGLang's ngram worker over the functions below. Replaces SGLang's in this process, which has no other device."""
+def worker_class(algorithm: str) -> type:
+    """SGLang's worker over the functions below. Replaces SGLang's in this process, which has no other device."""
     tree = ModuleType("sglang.kernels.ops.speculative.reconstruct_tree")  # SGLang's does not import without kernels
     tree.reconstruct_indices_from_tree_mask_func = reconstruct_tree
     sys.modules[tree.__name__] = tree
     for module, functions in REPLACED.items():
         for name, function in functions.items():
             if not hasattr(importlib.import_module(module), name):
-                raise RuntimeError(f"SGLang has no {module}.{name}: ngram speculation cannot run on the CPU platform.")
+                raise RuntimeError(f"SGLang has no {module}.{name}: speculation cannot run on the CPU platform.")
             setattr(importlib.import_module(module), name, function)
 
-    from sglang.srt.speculative.ngram_worker import NGRAMWorker
+    module, name = WORKERS[algorithm]
+    sglangs = getattr(importlib.import_module(module), name)
 
-    class CpuNgramWorker(NGRAMWorker):
+    class CpuWorker(sglangs):
         """SGLang's, for the one attention backend on CPU that verifies drafts."""
 
         def __init__(self, server_args, *args, **kwargs) -> None:
             if server_args.kv_cache_dtype != KV_CACHE_DTYPE:
                 raise ValueError(
-                    f"ngram speculation on the CPU platform: --kv-cache-dtype is {server_args.kv_cache_dtype!r}, "
+                    f"speculation on the CPU platform: --kv-cache-dtype is {server_args.kv_cache_dtype!r}, "
                     f"expected {KV_CACHE_DTYPE}: SGLang's own CPU attention does not verify drafts."
                 )
             super().__init__(server_args, *args, **kwargs)
 
-    return CpuNgramWorker
+    return CpuWorker
 
 
 def draft_slots(*, req_pool_indices, req_to_token, start_offset, end_offset, **_) -> Tensor:
@@ -62,6 +64,40 @@ def last_slots(req_to_token: Tensor, req_pool_indices: Tensor, lens: Tensor) -> 
     from sglang.srt.mem_cache.allocation import get_last_loc_torch
 
     return get_last_loc_torch(req_to_token, req_pool_indices, lens)
+
+
+def own_slots(req_pool_indices, req_to_token, seq_lens, out_cache_loc, topk, num_cols, **_) -> None:
+    """Write the slots of each request's ``topk * num_cols`` drafts, which follow its tokens, into ``out_cache_loc``."""
+    places = seq_lens[:, None] + torch.arange(topk * num_cols)
+    out_cache_loc.copy_(req_to_token[req_pool_indices].gather(1, places).flatten())
+
+
+def last_tokens(accept_tokens, accept_lens, bonus_tokens, accept_stride, batch_size) -> None:
+    """Write the last accepted token of each request into ``bonus_tokens``."""
+    rows = accept_tokens.view(batch_size, accept_stride)
+    bonus_tokens.copy_(rows.gather(1, accept_lens[:, None].long() - 1).squeeze(1))
+
+
+def build_tree(
+    parent_list, chosen, seq_lens, tree_mask, positions, index, next_token, next_sibling,
+    topk, num_steps, num_drafts, mask_mode,
+) -> None:  # fmt: skip
+    """Mask, positions and links of the trees that a draft model made.
+
+    Args:
+        parent_list: int64 [B, P], for each group of ``topk`` tokens but the first the number of their parent.
+        chosen: int64 [B, D - 1], ascending, the numbers of the tokens that became drafts 1 to D - 1.
+        tree_mask: bool, flat [B, D, D]; written, as the arguments after it, see ``reconstruct_tree``.
+        mask_mode: the layout of ``tree_mask``, which our backend chose.
+    """
+    trees = torch.eye(num_drafts, dtype=torch.bool).repeat(len(chosen), 1, 1)
+    for tree, numbers, parents in zip(trees, chosen.tolist(), parent_list.tolist()):
+        drafts = {number: place for place, number in enumerate(numbers, 1)}
+        for number, place in drafts.items():
+            group = number // topk
+            tree[place] |= tree[drafts[parents[group]] if group else 0]
+    tree_mask.copy_(trees.flatten())
+    reconstruct_tree(trees, seq_lens, positions, index, next_token, next_sibling, len(chosen), num_drafts)
 
 
 def reconstruct_tree(mask, seq_lens, positions, index, next_token, next_sibling, batch_size, num_drafts) -> None:
@@ -134,7 +170,7 @@ def sample_tree(
 ) -> None:  # fmt: skip
     """The same, where the target's token after each draft is sampled: answers are distributed as without drafts."""
     if threshold_single < 1 or threshold_acc < 1:
-        raise NotImplementedError("ngram speculation on the CPU platform: acceptance thresholds below 1.")
+        raise NotImplementedError("speculation on the CPU platform: acceptance thresholds below 1.")
     cumulative = target_probs.cumsum(-1)
     wanted = torch.searchsorted(cumulative, uniform_samples[..., None].float() * cumulative[..., -1:], right=True)
     wanted = wanted.clamp_(max=target_probs.shape[-1] - 1).squeeze(-1)
@@ -179,10 +215,25 @@ REPLACED = {
         "fill_front_out_cache_loc_func": front_slots,
         "fill_accept_out_cache_loc_func": accepted_slots,
     },
+    "sglang.srt.speculative.eagle_worker_v2": {
+        "DraftBackendFactory": DraftBackends,
+    },
+    "sglang.srt.speculative.eagle_worker_common": {
+        "assign_draft_cache_locs_contiguous_func": own_slots,
+        "fill_bonus_tokens_func": last_tokens,
+    },
     "sglang.srt.speculative.eagle_utils": {
+        "build_tree_kernel_efficient_func": build_tree,
         "verify_tree_greedy_func": verify_tree,
         "tree_speculative_sampling_target_only": sample_tree,
         "top_k_renorm_prob": keep_top_k,
         "top_p_renorm_prob": keep_top_p,
     },
+}
+
+WORKERS = {
+    "NGRAM": ("sglang.srt.speculative.ngram_worker", "NGRAMWorker"),
+    "EAGLE": ("sglang.srt.speculative.eagle_worker_v2", "EAGLEWorkerV2"),
+    "EAGLE3": ("sglang.srt.speculative.eagle_worker_v2", "EAGLEWorkerV2"),
+    "STANDALONE": ("sglang.srt.speculative.standalone_worker_v2", "StandaloneWorkerV2"),
 }

@@ -54,9 +54,10 @@ OVERRIDES = {
         "_set_quantized_kv_buffer", "set_kv_buffer_prefix_valid",
         *(() if sglang_version() == "0.5.21" else ("_mha_buffer_info",)),  # 0.5.21 asks for no such thing
     ),
+    "saw_int4.sglang_plugin.pool.CpuKVPool": ("_init_kv_copy_and_warmup",),
     "saw_int4.sglang_plugin.backend.Int4AttentionBackend": (
         "forward_decode", "forward_extend", "get_cuda_graph_seq_len_fill_value", "init_cuda_graph_state",
-        "init_forward_metadata_out_graph", "shared_read_ends", "support_triton",
+        "init_forward_metadata_out_graph", "shared_read_ends", "support_triton", "verify_mask",
     ),
     "saw_int4.sglang_plugin.quant_method.Int4KVMethod": (
         "attention_accesses", "compute_cell_size", "create_buffers", "dequantize_prev_kv", "quantize_and_store",

@@ -8,6 +8,12 @@ TESTED_SGLANG = ("0.5.21", "0.5.23")
 # Where the parent leaves the fingerprint of its options on the server arguments that its children receive.
 FINGERPRINT_ATTRIBUTE = "_saw_int4_fingerprint"
 
+# Speculative decoding: without and with a draft model, which keeps a 16-bit cache, read by a backend of SGLang's.
+NGRAM = "NGRAM"
+WITH_DRAFT_MODEL = ("EAGLE", "EAGLE3", "STANDALONE")
+MAX_DRAFTS = 64  # bits of a row of decode_attention's tree_mask
+DRAFT_BACKENDS = {"cpu": "torch_native", "cuda": "triton"}  # by device, where the operator chose none
+
 
 def sglang_version() -> str:
     """The installed SGLang. From its metadata: the platform is asked for while sglang is still being imported."""

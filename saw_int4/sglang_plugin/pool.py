@@ -125,11 +125,23 @@ class Int4KVPool(MHATokenToKVPool):
         raise NotImplementedError("int4 KV cache: block-draft speculation (DFLASH) writes past the INT4 rows.")
 
     def _init_kv_copy_and_warmup(self) -> None:
-        if torch.device(self.device).type == "cpu":  # the tiled copy is a Triton kernel
-            self.use_native_move_kv_cache = True
-            self._kv_copy_config = None
-            return
-        super()._init_kv_copy_and_warmup()
+        if torch.device(self.device).type == "cpu":
+            _move_by_torch(self)
+        else:
+            super()._init_kv_copy_and_warmup()
+
+
+class CpuKVPool(MHATokenToKVPool):
+    """SGLang's 16-bit pool on the CPU platform: of draft models, and of servers without INT4."""
+
+    def _init_kv_copy_and_warmup(self) -> None:
+        _move_by_torch(self)
+
+
+def _move_by_torch(pool: MHATokenToKVPool) -> None:
+    """SGLang moves slots with a Triton kernel otherwise."""
+    pool.use_native_move_kv_cache = True
+    pool._kv_copy_config = None
 
 
 def locate(kv_pool, layer_id: int) -> tuple[Int4KVPool, int, bool]:

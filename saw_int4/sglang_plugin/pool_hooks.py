@@ -11,10 +11,12 @@ def configure_kv_cache_dtype(original, *args, **kwargs):
     """``int4`` becomes (None, torch.uint4).
 
     Nothing in SGLang matches torch.uint4, and torch neither sizes it nor converts to it: a path we do not know of
-    raises, where uint8 would silently store garbage.
+    raises, where uint8 would silently store garbage. A draft model's cache is in the model's own dtype.
     """
     if kwargs.get("server_args_kv_cache_dtype") != KV_CACHE_DTYPE:
         return original(*args, **kwargs)
+    if kwargs["is_draft_worker"]:
+        return "auto", kwargs["model_dtype"]
     return None, torch.uint4
 
 
@@ -27,16 +29,6 @@ def build_pool(original, self, **kwargs):
     kv_pool = original(self, **{**kwargs, "mha_pool_class": Int4KVPool})
     name_layers(kv_pool)
     return kv_pool
-
-
-def refuse_hybrid_linear(original, self, **kwargs):
-    """AROUND the pool of models that mix attention with linear layers: their wrapped backend was never tested."""
-    if self.kv_cache_dtype_str == KV_CACHE_DTYPE:
-        raise ValueError(
-            "--kv-cache-dtype int4: models with linear-attention or state-space layers are not supported. "
-            "Way out: use another --kv-cache-dtype."
-        )
-    return original(self, **kwargs)
 
 
 def build_oot_pool(original, self, *, max_total_num_tokens):

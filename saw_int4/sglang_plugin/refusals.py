@@ -9,8 +9,14 @@ from typing import Any
 import torch
 
 from saw_int4.env import BF16_LAYERS, Options
-from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, KV_CACHE_DTYPE, sglang_version
-from saw_int4.sglang_plugin.speculation import MAX_DRAFTS
+from saw_int4.sglang_plugin.names import (
+    ATTENTION_BACKEND,
+    KV_CACHE_DTYPE,
+    MAX_DRAFTS,
+    NGRAM,
+    WITH_DRAFT_MODEL,
+    sglang_version,
+)
 from saw_int4.sglang_plugin.transfers import STORAGE_BACKENDS
 
 
@@ -56,9 +62,17 @@ REFUSALS = [
     Refusal("enable_pd_role_switch", _on, "it was not tested", "drop it"),
     Refusal(
         "speculative_algorithm",
-        lambda v: v is not None and v.upper() != "NGRAM",
-        "a draft model's cache would need INT4 rows of its own",
-        "use NGRAM, which has no draft model",
+        lambda v: v is not None and v.upper() not in (NGRAM, *WITH_DRAFT_MODEL, "NEXTN"),  # the last becomes EAGLE
+        "its drafts write into the cache, or read it, past the INT4 backend",
+        f"use {NGRAM} or {', '.join(WITH_DRAFT_MODEL)}",
+    ),
+    Refusal("enable_multi_layer_eagle", _on, "its several draft caches were not tested", "drop it"),
+    Refusal("speculative_adaptive", _on, "it replaces the attention backend while serving", "drop it"),
+    Refusal(
+        "speculative_draft_kv_cache_dtype",
+        lambda v: v not in (None, "auto"),
+        "a draft model's cache is sized in the model's own dtype",
+        "drop it",
     ),
     Refusal(
         "speculative_num_draft_tokens",
@@ -88,15 +102,8 @@ def check(server_args, options: Options) -> None:
     from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
 
     view = resolved_view(server_args)
-    for refusal in REFUSALS:
-        value = getattr(view, refusal.field, None)
-        if refusal.refused(value):
-            flag = "--" + refusal.field.replace("_", "-")
-            raise ValueError(
-                f"--kv-cache-dtype int4 and {flag} {value}: not supported together: {refusal.reason}. "
-                f"Way out: {refusal.way_out}, or use another --kv-cache-dtype."
-            )
-    check_platform(view.speculative_algorithm)
+    check_arguments(view)
+    check_speculation(view.speculative_algorithm)
     check_dtype(server_args)
     check_environment()
     check_backends(server_args)
@@ -109,12 +116,37 @@ def check(server_args, options: Options) -> None:
     check_prefill_graph(view.cuda_graph_config)
 
 
-def check_platform(algorithm: str | None) -> None:
-    """ValueError for speculation on a platform outside SGLang that cannot do it: SGLang asks only for some kinds."""
+def check_arguments(view) -> None:
+    """ValueError for the first argument that holds what is refused. Of the resolved record: SGLang changes some."""
+    for refusal in REFUSALS:
+        value = getattr(view, refusal.field, None)
+        if refusal.refused(value):
+            flag = "--" + refusal.field.replace("_", "-")
+            raise ValueError(
+                f"--kv-cache-dtype int4 and {flag} {value}: not supported together: {refusal.reason}. "
+                f"Way out: {refusal.way_out}, or use another --kv-cache-dtype."
+            )
+
+
+def check_speculation(algorithm: str | None) -> None:
+    """ValueError for speculation that this SGLang, or a platform outside it, cannot do: SGLang asks for some kinds."""
+    from sglang.srt.environ import envs
     from sglang.srt.platforms import current_platform
 
-    out_of_tree = current_platform.is_out_of_tree()
-    if algorithm and out_of_tree and not current_platform.supports_speculative_algorithm(algorithm.upper()):
+    if not algorithm:
+        return
+    algorithm = {"NEXTN": "EAGLE"}.get(algorithm.upper(), algorithm.upper())
+    if algorithm in WITH_DRAFT_MODEL and sglang_version() == "0.5.21":
+        raise ValueError(
+            f"--kv-cache-dtype int4 and --speculative-algorithm {algorithm}: draft models were tested with SGLang "
+            "0.5.23 only, this is 0.5.21. Way out: use NGRAM, or SGLang 0.5.23."
+        )
+    if algorithm in WITH_DRAFT_MODEL and envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM.get():
+        raise ValueError(
+            "--kv-cache-dtype int4: SGLANG_ENABLE_OVERLAP_PLAN_STREAM is set: verification would be planned before its "
+            "drafts are known. Unset it."
+        )
+    if current_platform.is_out_of_tree() and not current_platform.supports_speculative_algorithm(algorithm):
         raise ValueError(
             f"--speculative-algorithm {algorithm}: {type(current_platform).__name__} does not support it under this "
             "version of SGLang. Way out: drop it."
@@ -252,6 +284,7 @@ def check_backends(server_args) -> None:
 def check_model(server_args, options: Options) -> None:
     """ValueError for a model whose KV the rows cannot hold."""
     from sglang.srt.arg_groups.overrides import model_config_of, use_mla_backend
+    from sglang.srt.configs.hybrid_arch import mambaish_config
 
     model = model_config_of(server_args)
     name = (model.hf_config.architectures or ["this model"])[0]
@@ -259,6 +292,11 @@ def check_model(server_args, options: Options) -> None:
         raise ValueError(
             f"--kv-cache-dtype int4: {name} uses multi-head latent attention (MLA): it caches one compressed vector "
             "per token, not keys and values per head. Way out: use --kv-cache-dtype fp8_e4m3 or auto."
+        )
+    if mambaish_config(model) is not None:
+        raise ValueError(
+            f"--kv-cache-dtype int4: {name} has linear-attention or state-space layers, whose backend wraps that of "
+            "the others and was not tested over INT4 rows. Way out: use another --kv-cache-dtype."
         )
     if model.is_encoder_decoder:
         raise ValueError(

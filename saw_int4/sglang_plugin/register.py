@@ -69,12 +69,13 @@ def hooks() -> dict[str, Callable]:
         "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype": pool_hooks.configure_kv_cache_dtype,
         f"{configurator}._build_mha_kv_pool": pool_hooks.build_pool,
         f"{configurator}._build_hybrid_swa_kv_pool": pool_hooks.build_pool,
-        f"{configurator}._build_hybrid_linear_kv_pool": pool_hooks.refuse_hybrid_linear,
         f"{sizes}.DefaultPoolConfigurator._compute_cell_size": sizing.cell_size,
         f"{sizes}.HybridSWAPoolConfigurator.__init__": sizing.hybrid_swa,
         f"{scheduler}.__init__": verify.scheduler_init,
         f"{scheduler}.get_internal_state": report.internal_state,
     }
+    if sglang_version() != "0.5.21":  # where draft models are refused
+        table[f"{sizes}.DefaultPoolConfigurator.__init__"] = sizing.with_draft_model
     if sglang_version() == "0.5.21":  # its out-of-tree platforms bypass the ordinary pool and allocator paths
         table[f"{configurator}._build_oot_mha_kv_pool"] = pool_hooks.build_oot_pool
         table["sglang.srt.utils.common.support_triton"] = pool_hooks.support_triton

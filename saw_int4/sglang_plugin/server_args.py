@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import get_type_hints
 
 from saw_int4 import env
-from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, FINGERPRINT_ATTRIBUTE, KV_CACHE_DTYPE
+from saw_int4.sglang_plugin.names import ATTENTION_BACKEND, DRAFT_BACKENDS, FINGERPRINT_ATTRIBUTE, KV_CACHE_DTYPE
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +87,20 @@ def _accept_or_refuse(server_args, previous) -> None:
         options = options.for_model(model_config_of(server_args).num_hidden_layers)
         if options.calibration == "auto":
             options = _calibrated(server_args, options)
+        _choose_draft_backend(server_args)
         env.publish(options)
         setattr(server_args, FINGERPRINT_ATTRIBUTE, options.fingerprint)
     previous(server_args)
+
+
+def _choose_draft_backend(server_args) -> None:
+    """A draft model's attention is SGLang's: left alone, it would take the target's, which reads INT4 rows only."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
+
+    view = resolved_view(server_args)
+    if view.speculative_algorithm and view.speculative_draft_attention_backend is None:
+        backend = DRAFT_BACKENDS[view.device]
+        declare_resolution(server_args, "saw_int4", speculative_draft_attention_backend=backend)
 
 
 def _calibrated(server_args, options: env.Options) -> env.Options:
@@ -120,8 +131,11 @@ def _calibrated(server_args, options: env.Options) -> env.Options:
 def _recheck(server_args, previous) -> None:
     previous(server_args)
     if is_int4(server_args):
+        from sglang.srt.arg_groups.overrides import resolved_view
+
         from saw_int4.sglang_plugin import refusals
 
+        refusals.check_arguments(resolved_view(server_args))
         refusals.check_backends(server_args)
         refusals.check_dtype(server_args)
 

@@ -28,6 +28,21 @@ def cell_size(original, self, kvc, num_layers):
     return token_bytes(heads, kvc.model_config.head_dim, range(first, first + num_layers))
 
 
+def with_draft_model(original, self, kvc):
+    """AROUND DefaultPoolConfigurator.__init__: a draft model's layers at their own price, where SGLang takes ours."""
+    original(self, kvc)
+    if kvc.kv_cache_dtype_str != KV_CACHE_DTYPE or kvc.is_draft_worker:
+        return
+    layers = kvc.spec_aux_config.eagle_draft_num_layers
+    if layers:
+        from sglang.srt.runtime_context import get_parallel
+
+        draft = kvc.spec_aux_config.draft_model_config
+        heads = draft.get_num_kv_heads(get_parallel().attn_tp_size)
+        draft_bytes = heads * (draft.head_dim + draft.v_head_dim) * draft.dtype.itemsize * layers
+        self._cell_size = self._compute_cell_size(kvc, kvc.layer_info.num_effective_layers) + draft_bytes
+
+
 def hybrid_swa(original, self, kvc):
     """AROUND HybridSWAPoolConfigurator.__init__: the same for its full-attention and sliding-window layers."""
     if kvc.kv_cache_dtype_str != KV_CACHE_DTYPE:

@@ -82,6 +82,7 @@ def scheduler_init(original, self, server_args, *args, **kwargs):
     result = original(self, server_args, *args, **kwargs)
     runner = self.tp_worker.model_runner
     serving(runner)
+    draft_caches(self.draft_worker)
     from saw_int4.sglang_plugin import report
 
     report.start(self, runner)
@@ -103,6 +104,16 @@ def serving(model_runner) -> None:
         )
     bf16 = env.published().bf16_layers
     across_ranks([f"{p.format.fingerprint} bf16 {bf16}" for p in pools_of(model_runner.token_to_kv_pool)])
+
+
+def draft_caches(worker) -> None:
+    """SystemExit unless the draft models of a speculative worker, if it has any, cache in their own dtype."""
+    for runner in getattr(getattr(worker, "draft_worker", None), "draft_runners", ()):
+        if runner.token_to_kv_pool.dtype != runner.dtype:
+            fail(
+                f"the draft model's KV pool is {type(runner.token_to_kv_pool).__name__} of "
+                f"{runner.token_to_kv_pool.dtype}, expected {runner.dtype}."
+            )
 
 
 def windows(model: torch.nn.Module) -> bool:

@@ -78,3 +78,47 @@ def granite_swa(tokenizer_from: Path, folder: Path) -> Path:
     for layer in model.model.layers:
         layer.self_attn.sinks.data.normal_(2, 2)
     return save(model, tokenizer_from, folder)
+
+
+def qwen3_moe(tokenizer_from: Path, folder: Path) -> Path:
+    """Qwen3 with experts: 2 of 4 for each token. Multi-head attention: 4 query heads, 4 KV heads, head_dim 128."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(4)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    shape = {**_SMALL, "num_hidden_layers": 3, "head_dim": 128, "num_key_value_heads": 4}
+    return save(Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts)), tokenizer_from, folder)
+
+
+def gemma2(tokenizer_from: Path, folder: Path) -> Path:
+    """Gemma 2: logits of attention capped, at a value that they reach; one KV head of 64, every other with a window."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(5)
+    shape = {**_SMALL, "num_key_value_heads": 1, "head_dim": 64, "num_hidden_layers": 4, "query_pre_attn_scalar": 1}
+    config = Gemma2Config(**shape, sliding_window=32, attn_logit_softcapping=2.0, final_logit_softcapping=30.0)
+    return save(Gemma2ForCausalLM(config), tokenizer_from, folder)
+
+
+def eagle_head(tokenizer_from: Path, folder: Path) -> Path:
+    """An EAGLE draft for ``qwen3``, head_dim 32: it says again what the target said last, right where that repeats.
+
+    Its layer attends, but adds nothing to the target's hidden state.
+    """
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(6)
+    config = LlamaConfig(**{**_SMALL, "num_hidden_layers": 1, "tie_word_embeddings": False})
+    config.architectures, config.dtype = ["LlamaForCausalLMEagle"], torch.bfloat16
+    weights = {n.removeprefix("model."): w for n, w in LlamaForCausalLM(config).state_dict().items() if "layers" in n}
+    del weights["layers.0.input_layernorm.weight"]
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"layers.0.{name}.weight"].zero_()
+    size = config.hidden_size
+    weights["fc.weight"] = torch.cat([torch.zeros(size, size), torch.eye(size)], 1)
+    weights["fc.bias"] = torch.zeros(size)
+    folder.mkdir()
+    config.save_pretrained(folder)
+    save_file({name: w.bfloat16().contiguous() for name, w in weights.items()}, folder / "model.safetensors")
+    return folder

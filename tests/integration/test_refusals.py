@@ -76,7 +76,9 @@ def test_other_caches_are_left_alone(model):
         ({"enable_two_batch_overlap": True}, "two-batch-overlap"),
         ({"enable_torch_compile": True}, "torch-compile"),
         ({"kv_canary": "log"}, "kv-canary"),
-        ({"speculative_algorithm": "EAGLE", "speculative_num_steps": 2}, "a draft model's cache"),
+        ({"speculative_algorithm": "DFLASH"}, "past the INT4 backend"),
+        ({"speculative_algorithm": "EAGLE", "enable_multi_layer_eagle": True}, "several draft caches"),
+        ({"speculative_algorithm": "EAGLE", "speculative_draft_kv_cache_dtype": "fp8_e4m3"}, "model's own dtype"),
         ({"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 65}, "at most 64"),
         ({"enable_hierarchical_cache": True, "hicache_mem_layout": "page_head"}, "use page_first"),
         ({"enable_hierarchical_cache": True, "hicache_storage_backend": "mooncake"}, "use file"),
@@ -94,6 +96,23 @@ def test_ngram(model):
             start(model, speculative_algorithm="NGRAM")
     else:
         start(model, speculative_algorithm="NGRAM")
+
+
+@pytest.mark.parametrize("algorithm", ["EAGLE", "NEXTN", "EAGLE3", "STANDALONE"])
+def test_draft_models(model, monkeypatch, algorithm):
+    """Their attention is SGLang's. Under 0.5.21 nobody tried."""
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    drafts = {"speculative_num_steps": 2, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 3}
+    arguments = {"speculative_algorithm": algorithm, "speculative_draft_model_path": str(model), **drafts}
+    if sglang_version() == "0.5.21":
+        with pytest.raises(ValueError, match="tested with SGLang 0.5.23 only"):
+            start(model, **arguments)
+        return
+    assert resolved_view(start(model, **arguments)).speculative_draft_attention_backend == "torch_native"
+    monkeypatch.setenv("SGLANG_ENABLE_OVERLAP_PLAN_STREAM", "1")
+    with pytest.raises(ValueError, match="PLAN_STREAM"):
+        start(model, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +257,16 @@ def test_mla(model, tmp_path):
         start(tmp_path / "mla", skip_tokenizer_init=True)
 
 
+def test_linear_attention(tmp_path):
+    from transformers import Qwen3NextConfig
+
+    config = Qwen3NextConfig(num_hidden_layers=4, vocab_size=512, hidden_size=64)
+    config.architectures = ["Qwen3NextForCausalLM"]
+    config.save_pretrained(tmp_path / "linear")
+    with pytest.raises(ValueError, match="Qwen3NextForCausalLM has linear-attention"):
+        start(tmp_path / "linear", skip_tokenizer_init=True)
+
+
 def test_device_without_kernels(model, monkeypatch):
     from saw_int4.sglang_plugin import refusals
 
@@ -356,6 +385,21 @@ def test_backend_other_than_ours(model, monkeypatch):
     runner.attn_backend = object()
     with pytest.raises(SystemExit, match="the attention backend is object"):
         verify.serving(runner)
+
+
+def test_draft_cache_of_another_dtype():
+    from types import SimpleNamespace
+
+    import torch
+
+    def worker(pool_dtype):
+        runner = SimpleNamespace(dtype=torch.bfloat16, token_to_kv_pool=SimpleNamespace(dtype=pool_dtype))
+        return SimpleNamespace(draft_worker=SimpleNamespace(draft_runners=[runner]))
+
+    verify.draft_caches(None)
+    verify.draft_caches(worker(torch.bfloat16))
+    with pytest.raises(SystemExit, match="draft model's KV pool"):
+        verify.draft_caches(worker(torch.uint4))
 
 
 def test_drafts_for_a_model_with_windows(model):

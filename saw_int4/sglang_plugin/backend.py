@@ -38,29 +38,31 @@ class Int4AttentionBackend(AttentionBackend):
     def __init__(self, model_runner) -> None:
         super().__init__()
         verify.pool(model_runner)
-        self.kv_pool = model_runner.token_to_kv_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.page_size = model_runner.page_size
         self.plan: Plan | None = None
         self.window_slots: WindowSlots | None = None
-        if hasattr(self.kv_pool, "swa_kv_pool"):
+        if hasattr(self.token_to_kv_pool, "swa_kv_pool"):
             table, window = self.req_to_token_pool.req_to_token, model_runner.sliding_window_size
-            self.window_slots = WindowSlots(self.kv_pool, table, window)
+            self.window_slots = WindowSlots(self.token_to_kv_pool, table, window)
         self._workspaces: list[torch.Tensor] = []  # only the last is in use; captured graphs hold the others' addresses
         self._workspace_rows = self._graph_rows = 0
         self._batch_invariant = env.published().batch_invariant
         self._verify_buffers: VerifyBuffers | None = None  # where verifications are captured
-        self._verify_mask = verify_mask(self.kv_pool.device)
+        self._verify_mask = verify_mask(self.token_to_kv_pool.device)
         self._bf16_layers = TorchNativeAttnBackend(model_runner)  # attention of layers that stay in BF16, on CPU only
         self._layers: dict[int, tuple[Int4KVPool, int, bool]] = {}  # checked layers, as pool.locate finds them
 
-        cuda = torch.device(self.kv_pool.device).type == "cuda"
+        cuda = torch.device(self.token_to_kv_pool.device).type == "cuda"
         self.fresh = cuda
-        pools, model = pools_of(self.kv_pool), model_runner.model_config
+        pools, model = pools_of(self.token_to_kv_pool), model_runner.model_config
         self.decode_limit = decode_limit(model.num_attention_heads // model.get_total_num_kv_heads(), cuda)
         token_bytes = 2 * max(p.head_num * p.head_dim for p in pools) * model_runner.dtype.itemsize
         self.capacity = max(GATHER_BYTES // token_bytes, 2 * (model_runner.sliding_window_size or 0))
-        self._gathered = torch.empty(self.capacity * token_bytes, dtype=torch.uint8, device=self.kv_pool.device)
+        self._gathered = torch.empty(
+            self.capacity * token_bytes, dtype=torch.uint8, device=self.token_to_kv_pool.device
+        )
         logger.info(
             "saw_int4: attention on %s: saw_int4 kernels for decode and extends of up to %d tokens; %s for longer "
             "ones, their own keys %s, %d cached tokens at a time (%d MB)",
@@ -94,7 +96,7 @@ class Int4AttentionBackend(AttentionBackend):
         if self.window_slots is not None:
             self.window_slots.reserve(max_bs, max_num_tokens)
         self._graph_rows = max_num_tokens
-        self._verify_buffers = VerifyBuffers(max_bs, max_num_tokens, self.kv_pool.device)
+        self._verify_buffers = VerifyBuffers(max_bs, max_num_tokens, self.token_to_kv_pool.device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -141,9 +143,9 @@ class Int4AttentionBackend(AttentionBackend):
             return self._bf16_layers.forward(q, k, v, layer, forward_batch, save_kv_cache)
         if save_kv_cache and k is not None:
             loc = KVWriteLoc(forward_batch.out_cache_loc, self.plan.swa_loc)
-            self.kv_pool.set_kv_buffer(layer, loc, k, v)
+            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v)
         # Through the public getters: they wait for rows that are still being loaded.
-        rows = [buffer.view(torch.uint8) for buffer in self.kv_pool.get_kv_buffer(layer.layer_id)]
+        rows = [buffer.view(torch.uint8) for buffer in self.token_to_kv_pool.get_kv_buffer(layer.layer_id)]
 
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -256,7 +258,7 @@ class Int4AttentionBackend(AttentionBackend):
         return self._layers[layer.layer_id]
 
     def _check_layer(self, layer) -> tuple[Int4KVPool, int, bool]:
-        pool, local, is_swa = locate(self.kv_pool, layer.layer_id)
+        pool, local, is_swa = locate(self.token_to_kv_pool, layer.layer_id)
         problem = None
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
             problem = "is not causal self-attention"

@@ -96,7 +96,8 @@ def gemma2(tokenizer_from: Path, folder: Path) -> Path:
 
     torch.manual_seed(5)
     shape = {**_SMALL, "num_key_value_heads": 1, "head_dim": 64, "num_hidden_layers": 4, "query_pre_attn_scalar": 1}
-    config = Gemma2Config(**shape, sliding_window=32, attn_logit_softcapping=2.0, final_logit_softcapping=30.0)
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 30.0}
+    config = Gemma2Config(**shape, **caps, sliding_window=32, hidden_act="gelu_pytorch_tanh")
     return save(Gemma2ForCausalLM(config), tokenizer_from, folder)
 
 

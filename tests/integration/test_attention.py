@@ -128,7 +128,7 @@ def hadamard(order: int, device) -> torch.Tensor:
 
 def stored(backend, lengths: list[int]):
     """Dequantized K and V of each request in the original space, float64."""
-    pool = backend.kv_pool
+    pool = backend.token_to_kv_pool
     h, transform = hadamard(D, pool.device), pool.transforms[0]
     keys, values = [], []
     for i, n in enumerate(lengths):
@@ -186,7 +186,7 @@ def test_backend_against_float64(
         else:  # what earlier passes left in the cache
             first = make_batch(backend, [0, 0, 0, 0], prefixes)
             k, v = torch.randn(2, sum(prefixes), H_KV, D, device=device).to(dtype)
-            backend.kv_pool._set_quantized_kv_buffer(0, 0, first.out_cache_loc, k, v)
+            backend.token_to_kv_pool._set_quantized_kv_buffer(0, 0, first.out_cache_loc, k, v)
         batch = make_batch(backend, prefixes, news, decode)
         q, k, v = ((torch.randn(sum(news), h * D, device=device) * 2).to(dtype) for h in (H_Q, H_KV, H_KV))
         backend.init_forward_metadata(batch)
@@ -240,7 +240,7 @@ def test_path_depends_on_the_request_alone(monkeypatch):
     torch.manual_seed(2)
     backend = make_backend(monkeypatch, "k", False)
     k, v = torch.randn(2, SLOTS, H_KV, D)
-    backend.kv_pool._set_quantized_kv_buffer(0, 0, torch.arange(SLOTS), k, v)
+    backend.token_to_kv_pool._set_quantized_kv_buffer(0, 0, torch.arange(SLOTS), k, v)
     layer, prefixes, news = make_layer(), [0, 70, 100, 5], [60, 130, 9, 1]
     q = torch.randn(sum(news), H_Q * D, dtype=torch.bfloat16)
     backend.init_forward_metadata(batch := make_batch(backend, prefixes, news))
@@ -290,8 +290,8 @@ def over_two_parts(backend: Int4AttentionBackend) -> None:
     """Replace the pool by SGLang's two-part one, whose window slots lie elsewhere."""
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-    device = backend.kv_pool.device
-    backend.kv_pool = SWAKVPool(
+    device = backend.token_to_kv_pool.device
+    backend.token_to_kv_pool = SWAKVPool(
         size=SLOTS,
         size_swa=SLOTS,
         page_size=PAGE,
@@ -303,10 +303,10 @@ def over_two_parts(backend: Int4AttentionBackend) -> None:
         device=device,
         token_to_kv_pool_class=Int4KVPool,
     )
-    name_layers(backend.kv_pool)
+    name_layers(backend.token_to_kv_pool)
     mapping = torch.randperm(SLOTS // PAGE).repeat_interleave(PAGE) * PAGE + torch.arange(SLOTS) % PAGE
-    backend.kv_pool.register_mapping(mapping.to(device))
-    backend.window_slots = WindowSlots(backend.kv_pool, backend.req_to_token_pool.req_to_token, WINDOW)
+    backend.token_to_kv_pool.register_mapping(mapping.to(device))
+    backend.window_slots = WindowSlots(backend.token_to_kv_pool, backend.req_to_token_pool.req_to_token, WINDOW)
 
 
 def attend(backend, layer, batch, q, k, v):
@@ -373,5 +373,5 @@ def test_captured_graph_sees_the_next_window(monkeypatch, device):
     else:
         backend.plan = kept  # its tensors are all that a graph knows
         out = replay()
-    backend.window_slots = WindowSlots(backend.kv_pool, backend.req_to_token_pool.req_to_token, WINDOW)
+    backend.window_slots = WindowSlots(backend.token_to_kv_pool, backend.req_to_token_pool.req_to_token, WINDOW)
     assert torch.equal(out, attend(backend, layer, step, q[:4], *new))

@@ -9,11 +9,9 @@ products; planted faults say what would be seen.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import statistics
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,9 @@ from pathlib import Path
 import pytest
 from conftest import POOL_TOKENS
 from server import Server, output_logprobs
+
+from saw_int4.testing import traffic
+from saw_int4.testing.soak import FEWEST_ROUNDS, Memory, Report, soak
 
 CLIENTS, REQUESTS, DISTINCT = 16, 200, 16
 SHORT, LONG = 8, 64
@@ -57,15 +58,6 @@ def load(text_ids) -> Load:
     )
 
 
-def leave_midway(server: Server, prompt: list[int], length: int) -> None:
-    sampling = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
-    body = json.dumps({"input_ids": prompt, "stream": True, "sampling_params": sampling}).encode()
-    request = urllib.request.Request(server.url + "/generate", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        for _ in range(3):
-            answer.readline()
-
-
 Answers = dict[int, list[tuple[float, int]]]  # request -> (log probability, token) of each generated token
 
 
@@ -74,7 +66,7 @@ def answers_under_load(server: Server, load: Load, count: int) -> Answers:
 
     def one(i: int):
         if load.leaves[i]:
-            return leave_midway(server, load.prompts[i], load.lengths[i])
+            return traffic.interrupt(server.url, traffic.generate_body(load.prompts[i], load.lengths[i]))
         return output_logprobs(server.generate(load.prompts[i], load.lengths[i], return_logprob=True))
 
     server.flush()
@@ -161,3 +153,38 @@ def test_a_planted_fault_is_seen(int4_server, load, alone, load_factor, logs, fa
     found = moved(int4_server, load, answers)
     print(f"{fault}: {found}")
     assert not found.explained_by(alone, load_factor), (found, alone, load_factor)
+
+
+def test_soak(int4_server, text_ids, logs):
+    """Two rounds of scripts/soak.py's traffic; a fault that is planted before the second one is seen after it."""
+    fault = logs / "fault"
+    try:
+        report = soak(
+            int4_server.url,
+            int4_server.process.pid,
+            int4_server.log,
+            text_ids,
+            seconds=16,
+            round_s=8,
+            say=lambda _: fault.write_text("lost_scale"),
+        )
+    finally:
+        fault.unlink(missing_ok=True)
+        int4_server.flush()
+    print("\n".join(report.lines()))
+    assert report.rounds == 2
+    assert report.seen.requests > 5
+    assert report.memory[0].total > 2**28
+    assert report.errors == ["the first prompt scores otherwise than at first"]
+
+
+def test_growing_memory():
+    """Of a server of a GiB: 1 % an hour is flat, 5 % is not, and nothing is said of a few looks."""
+
+    def problems(per_hour: float, rounds: int) -> list[str]:
+        looks = [Memory(120.0 * i, {"scheduler": int(2**30 * (1 + per_hour * i / 30))}) for i in range(rounds)]
+        return [text for text in Report(memory=looks).problems() if "memory" in text]
+
+    assert problems(0.01, 30) == []
+    assert problems(0.05, FEWEST_ROUNDS - 1) == []
+    assert "memory grows by 4.9% an hour" in problems(0.05, 30)[0]

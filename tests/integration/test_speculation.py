@@ -62,8 +62,8 @@ def make_verification(backend, trees: torch.Tensor, lens: list[int]):
 
 def fill(backend, generator) -> None:
     """Random tokens in every slot."""
-    k, v = torch.randn(2, backend.kv_pool.size + PAGE, H_KV, D, generator=generator).bfloat16()
-    backend.kv_pool._set_quantized_kv_buffer(0, 0, torch.arange(len(k)), k, v)
+    k, v = torch.randn(2, backend.token_to_kv_pool.size + PAGE, H_KV, D, generator=generator).bfloat16()
+    backend.token_to_kv_pool._set_quantized_kv_buffer(0, 0, torch.arange(len(k)), k, v)
 
 
 @pytest.mark.both_versions
@@ -81,14 +81,14 @@ def test_drafts_attend_along_their_branch(monkeypatch):
     out = backend.forward_extend(q, k, v, layer, batch).view(3, DRAFTS, H_Q, D)
 
     table = backend.req_to_token_pool.req_to_token
-    transform = backend.kv_pool.transforms[0]
+    transform = backend.token_to_kv_pool.transforms[0]
     for request, (length, tree) in enumerate(zip(lens, trees)):
         for draft in range(DRAFTS):
             branch = length + tree[draft].nonzero().flatten()
             slots = torch.cat([table[request, :length], table[request, branch]])[None]
             alone = ops.decode_attention(
                 q.view(3, DRAFTS, H_Q, D)[request, draft][None],
-                *backend.kv_pool.rows(0),
+                *backend.token_to_kv_pool.rows(0),
                 slots.contiguous(),
                 torch.tensor([0]),
                 torch.tensor([slots.shape[1]]),

@@ -7,6 +7,7 @@ a token's first child, ``next_sibling`` to the next child of the same parent; -1
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from types import ModuleType
 
@@ -28,6 +29,10 @@ def worker_class(algorithm: str) -> type:
                 raise RuntimeError(f"SGLang has no {module}.{name}: speculation cannot run on the CPU platform.")
             setattr(importlib.import_module(module), name, function)
 
+    from sglang.srt.speculative import spec_utils
+
+    later = inspect.unwrap(spec_utils._select_top_k_tokens_later)  # compiling it takes longer than it saves
+    spec_utils._select_top_k_tokens_later = later
     module, name = WORKERS[algorithm]
     sglangs = getattr(importlib.import_module(module), name)
 

@@ -86,7 +86,7 @@ def qwen3_moe(tokenizer_from: Path, folder: Path) -> Path:
 
     torch.manual_seed(4)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
-    shape = {**_SMALL, "num_hidden_layers": 3, "head_dim": 128, "num_key_value_heads": 4}
+    shape = {**_SMALL, "num_hidden_layers": 3, "head_dim": 128, "num_key_value_heads": 4, "tie_word_embeddings": False}
     return save(Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts)), tokenizer_from, folder)
 
 
@@ -96,7 +96,7 @@ def gemma2(tokenizer_from: Path, folder: Path) -> Path:
 
     torch.manual_seed(5)
     shape = {**_SMALL, "num_key_value_heads": 1, "head_dim": 64, "num_hidden_layers": 4, "query_pre_attn_scalar": 1}
-    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 30.0}
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": None}  # SGLang caps the last ones in Triton
     config = Gemma2Config(**shape, **caps, sliding_window=32, hidden_act="gelu_pytorch_tanh")
     return save(Gemma2ForCausalLM(config), tokenizer_from, folder)
 

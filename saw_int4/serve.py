@@ -16,11 +16,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+
+from saw_int4 import env
 
 QUESTION = "What is the capital of France? Answer in one short sentence."
 EXPECTED = "Paris"
 START_TIMEOUT_S = 600
+ROOT = Path(__file__).resolve().parent.parent
+CACHES = ("bf16", "none", "k", "kv", "calibrated")  # in 16 bits, int4 by its rotation alone, int4 as by default
 CPU_TOKENS = 65536  # without a GPU, SGLang's own sizing would claim most of the machine's memory
 
 
@@ -111,6 +116,26 @@ def stop(server: subprocess.Popen) -> None:
             server.wait(timeout=15)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def served(model: str, cache: str, port: int, log: Path, *flags: str) -> Iterator[str]:
+    """A server with one of CACHES, started by our launcher with these flags of SGLang; its address."""
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "saw_int4.launch_server", "--model-path", model]
+    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
+    command += ["--kv-cache-dtype", "auto" if cache == "bf16" else "int4"]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])}
+    if cache in env.ROTATIONS:
+        variables |= {env.ROTATION: cache, env.CALIBRATION: "none"}
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
+    try:
+        wait_until_healthy(url, server, log)
+        yield url
+    finally:
+        stop(server)
 
 
 def main() -> int:

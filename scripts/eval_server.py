@@ -11,21 +11,16 @@ a long greedy answer the text parts from the first cache's.
 
 import argparse
 import math
-import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROTATIONS = ("none", "k", "kv")
 PROMPT = 256  # tokens
 sys.path.insert(0, str(ROOT))
 
-from saw_int4 import env, serve  # noqa: E402
+from saw_int4 import serve  # noqa: E402
 from saw_int4.evaluation import measure, text  # noqa: E402
 from saw_int4.torchvision_compat import define_missing_operators  # noqa: E402
 
@@ -38,27 +33,6 @@ def windows_of(model: str, count: int, context: int) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(text.topics(), return_tensors="pt").input_ids[0]
     return [window.tolist() for window in text.windows(ids, context, count, tokenizer.bos_token_id)]
-
-
-@contextmanager
-def served(model: str, cache: str, context: int, pool: int, port: int) -> Iterator[str]:
-    """A server with this cache, which holds ``pool`` tokens; its address."""
-    url, log = f"http://127.0.0.1:{port}", ROOT / ".cache" / "eval_server.log"
-    command = [sys.executable, "-m", "saw_int4.launch_server", "--model-path", model]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--sleep-on-idle", "--skip-server-warmup"]
-    command += ["--context-length", str(context), "--max-total-tokens", str(pool)]
-    command += ["--kv-cache-dtype", "auto" if cache == "bf16" else "int4"]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if cache in ROTATIONS:
-        variables |= {env.ROTATION: cache, env.CALIBRATION: "none"}
-    log.parent.mkdir(exist_ok=True)
-    with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
-    try:
-        serve.wait_until_healthy(url, server, log)
-        yield url
-    finally:
-        serve.stop(server)
 
 
 def mean_loss(url: str, windows: list[list[int]]) -> float:
@@ -105,20 +79,22 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24, help="for --greedy, 256 tokens each (default: 24)")
     parser.add_argument(
         "--caches",
-        default="bf16,none,k,kv,calibrated",
+        default=",".join(serve.CACHES),
         help="bf16; int4 with a rotation alone: none, k, kv; calibrated: int4 as it is by default",
     )
     parser.add_argument("--port", type=int, default=30100)
     args = parser.parse_args()
     caches = args.caches.split(",")
-    if unknown := set(caches) - {"bf16", "calibrated", *ROTATIONS}:
-        parser.error(f"--caches {','.join(sorted(unknown))}: expected bf16, calibrated, {', '.join(ROTATIONS)}")
+    if unknown := set(caches) - set(serve.CACHES):
+        parser.error(f"--caches {','.join(sorted(unknown))}: expected {', '.join(serve.CACHES)}")
     windows = windows_of(args.model, args.windows, args.context) if args.windows else []
     prompts = windows_of(args.model, args.prompts, PROMPT) if args.greedy else []
     pool = max(args.context + 1024, args.prompts * (PROMPT + args.greedy) if args.greedy else 0)
+    flags = ["--context-length", str(max(args.context, PROMPT + args.greedy) + 8), "--max-total-tokens", str(pool)]
+    flags += ["--sleep-on-idle", "--skip-server-warmup"]
     first_loss, first_answers = None, None
     for cache in caches:
-        with served(args.model, cache, max(args.context, PROMPT + args.greedy) + 8, pool, args.port) as url:
+        with serve.served(args.model, cache, args.port, ROOT / ".cache" / "eval_server.log", *flags) as url:
             line = f"{Path(args.model).name} kv={cache:10}"
             if windows:
                 loss = mean_loss(url, windows)

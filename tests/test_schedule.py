@@ -25,7 +25,8 @@ int main() {
         const int requests = 3, runs = requests * groups / columns, units = runs * tiles;
         const Stretches cuts = cut(units, blocks / columns, stage);
         const int share = (requests * groups * tiles + blocks - 1) / blocks;
-        check(cuts.units == share || (share > kWholeStagesFrom && stage == 2 && cuts.units == share + share % 2), "a block has more than its share", groups, blocks);
+        const bool whole_stages = share > kWholeStagesFrom && stage == 2;
+        check(cuts.units == share + (whole_stages ? share % 2 : 0), "a block has another share", groups, blocks);
         std::vector<int> seen(columns * units);
         std::set<int> slots;
         for (int b = 0; b < blocks; ++b) {

@@ -110,7 +110,12 @@ def test_host_tier(pool, monkeypatch, layout):
 def test_host_tier_of_a_gpu(monkeypatch, heads, dim, io_backend, layout):
     """SGLang's own transfers."""
     pool = fill(make_pool(monkeypatch, "cuda", heads, dim))
-    round_trip(pool, make_host_pool(pool, monkeypatch, layout), io_backend)
+    host = make_host_pool(pool, monkeypatch, layout)
+    try:
+        round_trip(pool, host, io_backend)
+    finally:
+        torch.cuda.synchronize()
+        host.destroy()  # its memory is registered with the driver, under an address that comes back
 
 
 def test_a_transfer_that_leaves_parameters_behind_is_seen(pool, monkeypatch):

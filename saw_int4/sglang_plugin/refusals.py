@@ -188,6 +188,9 @@ def check_host_tier(options: Options, model, view) -> None:
     elif view.device == "cpu" and not direct:
         problem = f"--hicache-io-backend {view.hicache_io_backend} is a CUDA kernel, this is plain CPU"
         way_out = "add --hicache-io-backend direct"
+    elif view.device == "cuda" and view.hicache_mem_layout == "page_first_direct":
+        problem = "copies for --hicache-mem-layout page_first_direct failed on the one GPU they were tried on"
+        way_out = "add --hicache-mem-layout layer_first, or page_first with --hicache-io-backend kernel"
     elif not direct and token % 8:
         problem = f"K of a token is {token} bytes on a rank, SGLang's transfer kernel takes multiples of 8"
         way_out = "add --hicache-io-backend direct"

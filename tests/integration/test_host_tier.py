@@ -1,6 +1,7 @@
 """HiCache over INT4 rows: SGLang's host pool and file storage take whole rows, codes and parameters together.
 
-Through a server: test_disaggregation.py. On a GPU the transfers are CUDA kernels, which were not run.
+On a GPU the transfers are SGLang's CUDA kernels. Copies for page_first_direct failed there (an H200, cudaMemcpyBatchAsync:
+invalid argument; kernels of sgl-kernel 0.4.5, older than this SGLang wants), and are refused on GPUs.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def test_host_tier(pool, monkeypatch, layout):
 @pytest.mark.parametrize(("heads", "dim"), [(2, 64), (8, 128), (4, 256)])
 @pytest.mark.parametrize(
     ("io_backend", "layout"),
-    [("kernel", "layer_first"), ("kernel", "page_first"), *(("direct", layout) for layout in LAYOUTS)],
+    [("kernel", "layer_first"), ("kernel", "page_first"), ("direct", "layer_first")],
 )
 def test_host_tier_of_a_gpu(monkeypatch, heads, dim, io_backend, layout):
     """SGLang's own transfers."""

@@ -184,7 +184,10 @@ def test_kernels_that_cannot_copy_a_token(model):
     kernel = on_gpu(hicache_mem_layout="page_first")
     with pytest.raises(ValueError, match="K of a token is 108 bytes on a rank"):
         check_host_tier(UNCALIBRATED, shape, kernel)
-    check_host_tier(UNCALIBRATED, shape, on_gpu(hicache_io_backend="direct"))
+    direct = {"hicache_io_backend": "direct"}
+    check_host_tier(UNCALIBRATED, shape, on_gpu(**direct, hicache_mem_layout="layer_first"))
+    with pytest.raises(ValueError, match="copies for --hicache-mem-layout page_first_direct"):
+        check_host_tier(UNCALIBRATED, shape, on_gpu(**direct, hicache_mem_layout="page_first_direct"))
     even = SimpleNamespace(get_num_kv_heads=lambda tp: 2, head_dim=64, is_hybrid_swa=False)
     check_host_tier(UNCALIBRATED, even, kernel)
     with pytest.raises(ValueError, match="sliding-window pool was not tested"):
@@ -264,7 +267,7 @@ def test_linear_attention(tmp_path):
     config.architectures = ["Qwen3NextForCausalLM"]
     config.save_pretrained(tmp_path / "linear")
     with pytest.raises(ValueError, match="Qwen3NextForCausalLM has linear-attention"):
-        start(tmp_path / "linear", skip_tokenizer_init=True)
+        start(tmp_path / "linear", skip_tokenizer_init=True, mamba_radix_cache_strategy="no_buffer", disable_overlap_schedule=True)
 
 
 def test_device_without_kernels(model, monkeypatch):

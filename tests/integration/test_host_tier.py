@@ -1,7 +1,7 @@
 """HiCache over INT4 rows: SGLang's host pool and file storage take whole rows, codes and parameters together.
 
-On a GPU the transfers are SGLang's CUDA kernels. Copies for page_first_direct failed there (an H200, cudaMemcpyBatchAsync:
-invalid argument; kernels of sgl-kernel 0.4.5, older than this SGLang wants), and are refused on GPUs.
+On a GPU the transfers are SGLang's CUDA kernels. Copies for page_first_direct failed there (an H200,
+cudaMemcpyBatchAsync: invalid argument; kernels of sgl-kernel 0.4.5, older than this SGLang wants), and are refused.
 """
 
 from __future__ import annotations

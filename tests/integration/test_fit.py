@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import pkgutil
 import subprocess
 import sys
+from types import FunctionType
 
 import pytest
 from server import ROOT, environment
@@ -58,7 +58,9 @@ def test_every_override_is_watched(path):
     """A method that replaces one of SGLang's belongs into fit.OVERRIDES."""
     cls = pkgutil.resolve_name(path)
     theirs = [base for base in cls.__mro__[1:] if base.__module__.startswith("sglang.")]
-    ours = [name for name, value in vars(cls).items() if inspect.isfunction(value) and not name.startswith("__")]
+    ours = [
+        name for name, value in vars(cls).items() if isinstance(value, FunctionType | property) and name[:2] != "__"
+    ]
     assert sorted(fit.OVERRIDES[path]) == sorted(n for n in ours if any(n in vars(base) for base in theirs))
 
 

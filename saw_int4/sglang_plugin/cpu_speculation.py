@@ -239,6 +239,5 @@ REPLACED = {
 WORKERS = {
     "NGRAM": ("sglang.srt.speculative.ngram_worker", "NGRAMWorker"),
     "EAGLE": ("sglang.srt.speculative.eagle_worker_v2", "EAGLEWorkerV2"),
-    "EAGLE3": ("sglang.srt.speculative.eagle_worker_v2", "EAGLEWorkerV2"),
     "STANDALONE": ("sglang.srt.speculative.standalone_worker_v2", "StandaloneWorkerV2"),
 }

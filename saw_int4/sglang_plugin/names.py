@@ -10,7 +10,7 @@ FINGERPRINT_ATTRIBUTE = "_saw_int4_fingerprint"
 
 # Speculative decoding: without and with a draft model, which keeps a 16-bit cache, read by a backend of SGLang's.
 NGRAM = "NGRAM"
-WITH_DRAFT_MODEL = ("EAGLE", "EAGLE3", "STANDALONE")
+WITH_DRAFT_MODEL = ("EAGLE", "STANDALONE")
 MAX_DRAFTS = 64  # bits of a row of decode_attention's tree_mask
 DRAFT_BACKENDS = {"cpu": "torch_native", "cuda": "triton"}  # by device, where the operator chose none
 

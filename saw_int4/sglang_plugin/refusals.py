@@ -63,7 +63,7 @@ REFUSALS = [
     Refusal(
         "speculative_algorithm",
         lambda v: v is not None and v.upper() not in (NGRAM, *WITH_DRAFT_MODEL, "NEXTN"),  # the last becomes EAGLE
-        "its drafts write into the cache, or read it, past the INT4 backend",
+        "it was not tested over INT4 rows",
         f"use {NGRAM} or {', '.join(WITH_DRAFT_MODEL)}",
     ),
     Refusal("enable_multi_layer_eagle", _on, "its several draft caches were not tested", "drop it"),

@@ -76,7 +76,8 @@ def test_other_caches_are_left_alone(model):
         ({"enable_two_batch_overlap": True}, "two-batch-overlap"),
         ({"enable_torch_compile": True}, "torch-compile"),
         ({"kv_canary": "log"}, "kv-canary"),
-        ({"speculative_algorithm": "DFLASH"}, "past the INT4 backend"),
+        ({"speculative_algorithm": "DFLASH"}, "was not tested over INT4 rows"),
+        ({"speculative_algorithm": "EAGLE3"}, "was not tested over INT4 rows"),
         ({"speculative_algorithm": "EAGLE", "enable_multi_layer_eagle": True}, "several draft caches"),
         ({"speculative_algorithm": "EAGLE", "speculative_draft_kv_cache_dtype": "fp8_e4m3"}, "model's own dtype"),
         ({"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 65}, "at most 64"),
@@ -98,7 +99,7 @@ def test_ngram(model):
         start(model, speculative_algorithm="NGRAM")
 
 
-@pytest.mark.parametrize("algorithm", ["EAGLE", "NEXTN", "EAGLE3", "STANDALONE"])
+@pytest.mark.parametrize("algorithm", ["EAGLE", "NEXTN", "STANDALONE"])
 def test_draft_models(model, monkeypatch, algorithm):
     """Their attention is SGLang's. Under 0.5.21 nobody tried."""
     from sglang.srt.arg_groups.overrides import resolved_view
@@ -184,10 +185,7 @@ def test_kernels_that_cannot_copy_a_token(model):
     kernel = on_gpu(hicache_mem_layout="page_first")
     with pytest.raises(ValueError, match="K of a token is 108 bytes on a rank"):
         check_host_tier(UNCALIBRATED, shape, kernel)
-    direct = {"hicache_io_backend": "direct"}
-    check_host_tier(UNCALIBRATED, shape, on_gpu(**direct, hicache_mem_layout="layer_first"))
-    with pytest.raises(ValueError, match="copies for --hicache-mem-layout page_first_direct"):
-        check_host_tier(UNCALIBRATED, shape, on_gpu(**direct, hicache_mem_layout="page_first_direct"))
+    check_host_tier(UNCALIBRATED, shape, on_gpu(hicache_io_backend="direct"))
     even = SimpleNamespace(get_num_kv_heads=lambda tp: 2, head_dim=64, is_hybrid_swa=False)
     check_host_tier(UNCALIBRATED, even, kernel)
     with pytest.raises(ValueError, match="sliding-window pool was not tested"):
@@ -267,12 +265,7 @@ def test_linear_attention(tmp_path):
     config.architectures = ["Qwen3NextForCausalLM"]
     config.save_pretrained(tmp_path / "linear")
     with pytest.raises(ValueError, match="Qwen3NextForCausalLM has linear-attention"):
-        start(
-            tmp_path / "linear",
-            skip_tokenizer_init=True,
-            mamba_radix_cache_strategy="no_buffer",  # SGLang's first choice is for GPUs, and this one asks for the next
-            disable_overlap_schedule=True,
-        )
+        start(tmp_path / "linear", skip_tokenizer_init=True, disable_radix_cache=True)
 
 
 def test_device_without_kernels(model, monkeypatch):

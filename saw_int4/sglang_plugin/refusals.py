@@ -193,7 +193,7 @@ def check_host_tier(options: Options, model, view) -> None:
         way_out = "add --hicache-mem-layout layer_first, or page_first with --hicache-io-backend kernel"
     elif not direct and token % 8:
         problem = f"K of a token is {token} bytes on a rank, SGLang's transfer kernel takes multiples of 8"
-        way_out = "add --hicache-io-backend direct"
+        way_out = "add --hicache-io-backend direct --hicache-mem-layout layer_first"
     elif view.hicache_storage_backend is not None and (problem := _nameless(view.model_path)):
         way_out = "drop --hicache-storage-backend"
     else:

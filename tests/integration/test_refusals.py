@@ -185,7 +185,10 @@ def test_kernels_that_cannot_copy_a_token(model):
     kernel = on_gpu(hicache_mem_layout="page_first")
     with pytest.raises(ValueError, match="K of a token is 108 bytes on a rank"):
         check_host_tier(UNCALIBRATED, shape, kernel)
-    check_host_tier(UNCALIBRATED, shape, on_gpu(hicache_io_backend="direct"))
+    direct = {"hicache_io_backend": "direct"}
+    check_host_tier(UNCALIBRATED, shape, on_gpu(**direct, hicache_mem_layout="layer_first"))
+    with pytest.raises(ValueError, match="copies for --hicache-mem-layout page_first_direct"):
+        check_host_tier(UNCALIBRATED, shape, on_gpu(**direct, hicache_mem_layout="page_first_direct"))
     even = SimpleNamespace(get_num_kv_heads=lambda tp: 2, head_dim=64, is_hybrid_swa=False)
     check_host_tier(UNCALIBRATED, even, kernel)
     with pytest.raises(ValueError, match="sliding-window pool was not tested"):

@@ -60,8 +60,10 @@ def pool(monkeypatch) -> Int4KVPool:
 
 
 def make_host_pool(pool: Int4KVPool, monkeypatch, layout: str):
-    from sglang.srt.mem_cache.pool_host import mha
+    from sglang.srt.mem_cache.pool_host import base, mha
 
+    # A few pages are always to be had; SGLang leaves 10 GiB of the machine alone, which other tests may be using.
+    monkeypatch.setattr(base, "host_memory_budget_bytes", lambda requested_bytes: requested_bytes)
     on_cpu = pool.device == "cpu"
     for name in cpu_transfers.HOST_TRANSFERS if on_cpu else ():
         monkeypatch.setattr(mha, name, getattr(cpu_transfers, name), raising=False)

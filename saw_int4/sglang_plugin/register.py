@@ -74,12 +74,11 @@ def hooks() -> dict[str, Callable]:
         f"{scheduler}.__init__": verify.scheduler_init,
         f"{scheduler}.get_internal_state": report.internal_state,
     }
-    if sglang_version() != "0.5.21":  # where draft models are refused
-        table[f"{sizes}.DefaultPoolConfigurator.__init__"] = sizing.with_draft_model
     if sglang_version() == "0.5.21":  # its out-of-tree platforms bypass the ordinary pool and allocator paths
         table[f"{configurator}._build_oot_mha_kv_pool"] = pool_hooks.build_oot_pool
         table["sglang.srt.utils.common.support_triton"] = pool_hooks.support_triton
-    else:  # 0.5.21 is refused with HiCache and with prefill and decode on two servers
+    else:  # 0.5.21 is refused with draft models, with HiCache, and with prefill and decode on two servers
+        table[f"{sizes}.DefaultPoolConfigurator.__init__"] = sizing.with_draft_model
         table["sglang.srt.managers.cache_controller.HiCacheController._generate_storage_config"] = (
             transfers.storage_config
         )

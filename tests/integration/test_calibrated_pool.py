@@ -34,7 +34,7 @@ def calibration(tmp_path):
     return made, tmp_path / "a.safetensors"
 
 
-def pool_of(monkeypatch, path, rank=0, size=1, heads=TOTAL_HEADS, **options) -> Int4KVPool:
+def pool_of(monkeypatch, path, rank=0, size=1, heads=TOTAL_HEADS, first_layer=0, **options) -> Int4KVPool:
     monkeypatch.setenv(env.RESOLVED, env.Options(calibration=str(path), **options).to_json())
     parallel = SimpleNamespace(attn_tp_rank=rank, attn_tp_size=size)
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: parallel)
@@ -45,18 +45,20 @@ def pool_of(monkeypatch, path, rank=0, size=1, heads=TOTAL_HEADS, **options) -> 
         head_num=heads,
         head_dim=DIM,
         v_head_dim=DIM,
-        layer_num=LAYERS,
+        layer_num=LAYERS - first_layer,
+        start_layer=first_layer,
         device="cpu",
         enable_memory_saver=False,
         enable_kv_cache_copy=True,
     )
 
 
-@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (3, 4), (5, 8)])
-def test_rows_are_calibrated_ones_of_this_rank(calibration, monkeypatch, rank, size):
+@pytest.mark.parametrize(("rank", "size", "stage"), [(0, 1, 0), (0, 2, 0), (1, 2, 1), (3, 4, 0), (5, 8, 2)])
+def test_rows_are_calibrated_ones_of_this_rank(calibration, monkeypatch, rank, size, stage):
+    """Its heads, and the layers of its pipeline stage, which begins at layer ``stage``."""
     made, path = calibration
     heads = max(1, TOTAL_HEADS // size)
-    pool = pool_of(monkeypatch, path, rank, size, heads)
+    pool = pool_of(monkeypatch, path, rank, size, heads, stage)
     assert pool.format.calibration == made.fingerprint
     k, v = torch.randn(2, 5, heads, DIM, dtype=torch.bfloat16)
     slots = torch.tensor([3, 9, 1, 30, 7])

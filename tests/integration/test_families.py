@@ -81,10 +81,7 @@ def test_family(model, tmp_path, logs, make, cripple, pools, page, chunk):
     meta = answer["meta_info"]
     got = [entry[0] for entry in meta["input_token_logprobs"][1:] + meta["output_token_logprobs"]]
     ids = PROMPT + [entry[1] for entry in meta["output_token_logprobs"]]
-    distance = gap(
-        got,
-        logprobs(load(checkpoint), ids),
-    )
+    distance = gap(got, logprobs(load(checkpoint), ids))
     for change in cripple:
         twin = load(checkpoint)
         change(twin)

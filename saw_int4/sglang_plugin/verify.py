@@ -91,6 +91,8 @@ def scheduler_init(original, self, server_args, *args, **kwargs):
 
 def serving(model_runner) -> None:
     """SystemExit unless this model runner stores and reads the INT4 format that was asked for."""
+    from sglang.srt.distributed.parallel_state import get_world_group
+
     from saw_int4.sglang_plugin.backend import Int4AttentionBackend
     from saw_int4.sglang_plugin.pool import pools_of
 
@@ -103,7 +105,8 @@ def serving(model_runner) -> None:
             "speculative decoding of a model with sliding windows: a draft's window is not that of its place in a tree."
         )
     bf16 = env.published().bf16_layers
-    across_ranks([f"{p.format.fingerprint} bf16 {bf16}" for p in pools_of(model_runner.token_to_kv_pool)])
+    formats = [f"{p.format.fingerprint} bf16 {bf16}" for p in pools_of(model_runner.token_to_kv_pool)]
+    across_ranks(formats, get_world_group().cpu_group)
 
 
 def draft_caches(worker) -> None:
@@ -151,14 +154,9 @@ def pool(model_runner) -> None:
                     )
 
 
-def across_ranks(fingerprints: list[str]) -> None:
-    """SystemExit unless every rank of this model holds the same formats."""
-    from sglang.srt.distributed.parallel_state import get_world_group
-
-    group = get_world_group()
-    if group.world_size == 1:
-        return
-    everyone = [None] * group.world_size
-    torch.distributed.all_gather_object(everyone, sorted(set(fingerprints)), group=group.cpu_group)
+def across_ranks(fingerprints: list[str], group) -> None:
+    """SystemExit unless every rank of the process group holds the same formats."""
+    everyone = [None] * group.size()
+    torch.distributed.all_gather_object(everyone, sorted(set(fingerprints)), group=group)
     if any(other != everyone[0] for other in everyone):
         fail(f"the ranks hold different formats: {everyone}. Give every node the same SAW_INT4_* variables.")

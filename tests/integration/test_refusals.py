@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
 from checkpoints import qwen3
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
@@ -329,6 +332,25 @@ def test_parent_without_the_plugin(model):
         verify.scheduler_init(lambda *_: pytest.fail("served"), None, args)
 
 
+RANK = """
+import sys
+import torch
+from saw_int4.sglang_plugin.verify import across_ranks
+store, rank, ours = sys.argv[1:]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
+across_ranks([ours], torch.distributed.group.WORLD)
+"""
+
+
+def test_ranks_of_different_formats(tmp_path):
+    """As where one machine of several has other SAW_INT4_* variables: every rank says so and ends."""
+    commands = [[sys.executable, "-c", RANK, str(tmp_path / "store"), str(i), name] for i, name in enumerate("ab")]
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    for rank in ranks:
+        assert "the ranks hold different formats: [['a'], ['b']]" in rank.communicate(timeout=120)[1]
+        assert rank.returncode != 0
+
+
 class Runner:
     """What the checks look at of a model runner."""
 
@@ -339,8 +361,6 @@ class Runner:
 
 
 def make_pool(cls, **more):
-    import torch
-
     return cls(
         64,
         page_size=1,
@@ -355,7 +375,6 @@ def make_pool(cls, **more):
 
 
 def test_pools_other_than_the_one_asked_for(model, monkeypatch):
-    import torch
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
     from saw_int4.sglang_plugin.pool import Int4KVPool
@@ -394,8 +413,6 @@ def test_backend_other_than_ours(model, monkeypatch):
 def test_draft_cache_of_another_dtype():
     from types import SimpleNamespace
 
-    import torch
-
     def worker(pool_dtype):
         runner = SimpleNamespace(dtype=torch.bfloat16, token_to_kv_pool=SimpleNamespace(dtype=pool_dtype))
         return SimpleNamespace(draft_worker=SimpleNamespace(draft_runners=[runner]))
@@ -408,7 +425,6 @@ def test_draft_cache_of_another_dtype():
 
 def test_drafts_for_a_model_with_windows(model):
     """A draft's place among the query rows is not its depth in the tree, which its window would be counted from."""
-    import torch
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 

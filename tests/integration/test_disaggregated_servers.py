@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import qwen3
 from conftest import ARGS, CALIBRATED, PAGE, POOL_TOKENS
 from server import HERE, ROOT, Server, free_port, output_logprobs
+from test_families import gap, load, logprobs
 
 from saw_int4.format import KVFormat
 from saw_int4.sglang_plugin import transfers
@@ -35,21 +37,21 @@ def mooncake_path() -> list[str]:
 
 
 class Pair:
-    """A prefill server with HiCache and file storage, and a decode server."""
+    """A prefill server and a decode server, each with flags of its own, over pools of ``token_bytes`` a token."""
 
-    def __init__(self, model: Path, logs: Path) -> None:
-        self.store = logs / "store"
-        self.store.mkdir()
+    def __init__(self, model: Path, logs: Path, prefill: str, decode: str, token_bytes: int, **variables) -> None:
         self.bootstrap, self.rooms = free_port(), count(1)
-        shared = {"SAW_TEST_CACHE_BYTES": str(POOL_TOKENS * 30 * 3 * 36 * 2), "HOME": str(logs), **CALIBRATED}
+        shared = {"SAW_TEST_CACHE_BYTES": str(POOL_TOKENS * token_bytes), "HOME": str(logs), **CALIBRATED, **variables}
         shared["PYTHONPATH"] = os.pathsep.join([str(ROOT), *mooncake_path(), os.environ.get("PYTHONPATH", "")])
         args = [*ARGS, "--kv-cache-dtype", "int4", *TRANSFER, "--disaggregation-bootstrap-port", str(self.bootstrap)]
-        tiers = "--enable-hierarchical-cache --hicache-ratio 4 --hicache-storage-backend file --enable-cache-report"
-        tiers += " --hicache-storage-prefetch-policy wait_complete --disaggregation-mode prefill"
-        lend = "--disaggregation-mode decode --num-reserved-decode-tokens 16"
-        folder = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(self.store)}
-        self.prefill = Server(model, logs / "prefill.log", *args, *tiers.split(), **shared, **folder)
-        self.decode = Server(model, logs / "decode.log", *args, *lend.split(), **shared)
+        prefill, decode = f"--disaggregation-mode prefill {prefill}", f"--disaggregation-mode decode {decode}"
+        self.prefill = Server(model, logs / "prefill.log", *args, *prefill.split(), **shared)
+        self.decode = Server(model, logs / "decode.log", *args, *decode.split(), **shared)
+
+    def ready(self) -> Pair:
+        self.prefill.ready()
+        self.decode.ready()
+        return self
 
     def stop(self) -> None:
         self.prefill.stop()
@@ -66,13 +68,22 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(model, int4_server, logs):
+def store(logs) -> Path:
+    folder = logs / "store"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(model, int4_server, logs, store):
     """The calibration is the other server's, in the same home."""
-    servers = Pair(model, logs)
+    tiers = "--enable-hierarchical-cache --hicache-ratio 4 --hicache-storage-backend file --enable-cache-report"
+    tiers += " --hicache-storage-prefetch-policy wait_complete"
+    lend = "--num-reserved-decode-tokens 16"
+    folder = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(store)}
+    servers = Pair(model, logs, tiers, lend, 30 * 3 * 36 * 2, **folder)
     try:
-        servers.prefill.ready()
-        servers.decode.ready()
-        yield servers
+        yield servers.ready()
     finally:
         servers.stop()
 
@@ -119,21 +130,21 @@ def test_a_hit_in_storage(pair, prompt, cold):
     assert pair.generate(prompt) == ({"device": 0, "host": 0, "storage": FOUND}, cold)
 
 
-def test_storage_is_named_by_format_and_model(pair, model):
+def test_storage_is_named_by_format_and_model(pair, model, store):
     """A server that is started again, or elsewhere, has the same name for the same rows."""
     description = pair.prefill.state()["kv_cache_format"]["format"]
     calibration = description.split("calibration ")[1].split(",")[0]
     rows = f"int4-{KVFormat(64, 64, rotate_v=True, calibration=calibration).fingerprint}"
     name = transfers.storage_name(rows, "page_first_direct", str(model), "{}")
-    files = [file.name for file in pair.store.glob("*.bin")]
+    files = [file.name for file in store.glob("*.bin")]
     assert len(files) >= FOUND // PAGE
     assert all(file.endswith(f"-{name}_0_1.bin") for file in files)
 
 
-def test_rows_of_another_format_in_storage_are_not_read(pair, prompt, cold):
+def test_rows_of_another_format_in_storage_are_not_read(pair, prompt, cold, store):
     """The same files under the name of another transform: the prompt is computed again."""
-    [fingerprint] = {file.name.split("-int4-")[1].split("-")[0] for file in pair.store.glob("*.bin")}
-    for file in list(pair.store.glob("*.bin")):
+    [fingerprint] = {file.name.split("-int4-")[1].split("-")[0] for file in store.glob("*.bin")}
+    for file in list(store.glob("*.bin")):
         file.rename(file.with_name(file.name.replace(fingerprint, "0123456789abcdef")))
     pair.prefill.flush()
     assert pair.generate(prompt) == ({"device": 0, "host": 0, "storage": 0}, cold)
@@ -154,3 +165,20 @@ def test_a_retracted_request_goes_on_where_it_was(pair, text_ids, int4_server):
     assert "KV cache pool is full. Retract requests." in pair.decode.text()
     alone = error(int4_server, prompts[0], pair.generate(prompts[0], 110)[1])
     assert max(error(int4_server, *pairs) for pairs in zip(prompts, crowded)) < 2 * alone + 0.02
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2)])
+def test_servers_of_other_numbers_of_ranks(model, tmp_path, prefill, decode):
+    """A rank's rows go to the ranks that serve their heads. Wrong ones would cost as much as another prompt's, 0.5."""
+    tiny = qwen3(model, tmp_path / "model")
+    flags = [f"--tp-size {size}" for size in (prefill, decode)]
+    servers = Pair(tiny, tmp_path, *flags, 3 * 2 * 68 * 2, SGLANG_CPU_OMP_THREADS_BIND="0|1")
+    try:
+        prompt = [(37 * i * i + 11 * i) % 4000 + 200 for i in range(200)]
+        answer = servers.ready().generate(prompt, 24)[1]
+    finally:
+        servers.stop()
+    expected = logprobs(load(tiny), prompt + [token for _, token in answer])[len(prompt) - 1 :]
+    distance = gap([log for log, _ in answer], expected)
+    print(f"{prefill} ranks to {decode}: {distance:.3f} from the model")
+    assert distance < 0.1

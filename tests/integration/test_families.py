@@ -1,5 +1,7 @@
 """Tiny random models of several families, served with INT4 and compared with transformers in float32.
 
+They are started by ``python -m sglang.launch_server``.
+
 Each is also compared with transformers without the trait that the family is here for: the served answers must lie far
 closer to the model than to its crippled twin.
 """
@@ -7,6 +9,7 @@ closer to the model than to its crippled twin.
 from __future__ import annotations
 
 import statistics
+import sys
 
 import pytest
 import torch
@@ -68,7 +71,8 @@ def gap(a: list[float], b: list[float]) -> float:
 def test_family(model, tmp_path, logs, make, cripple, pools, page, chunk):
     checkpoint = make(model, tmp_path / "model")
     args = [*ARGS.split(), str(chunk), "--page-size", str(page), "--kv-cache-dtype", "int4"]
-    server = Server(checkpoint, logs / f"{make.__name__}.log", *args, **CALIBRATED, HOME=str(tmp_path))
+    command = [sys.executable, "-m", "sglang.launch_server"]
+    server = Server(checkpoint, logs / f"{make.__name__}.log", *args, command=command, **CALIBRATED, HOME=str(tmp_path))
     try:
         server.ready()
         answer = server.generate(PROMPT, 24, return_logprob=True, logprob_start_len=0)

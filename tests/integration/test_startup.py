@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import qwen3_moe
-from server import HERE, Server, environment
+from server import HERE, Server, environment, output_logprobs
 
 from saw_int4 import env
 from saw_int4.calibration.calibrate import path_of
@@ -62,22 +62,48 @@ def test_sglang_serve_with_the_forks_variables(tiny, logs, expected):
         server.stop()
 
 
-def test_module_with_four_ranks(tiny, logs, expected):
-    """``python -m sglang.launch_server``, calibrated, two groups per row: two stages of two ranks."""
-    command = [sys.executable, "-m", "sglang.launch_server"]
-    arguments = [*ARGS, "--kv-cache-dtype", "int4", "--tp-size", "2", "--pp-size", "2"]
+def test_four_ranks(tiny, logs, expected):
+    """Two stages of two ranks, calibrated, two groups per row; each rank with a host tier and files of its own."""
+    store = logs / "store-of-ranks"
+    store.mkdir()
+    tiers = "--enable-hierarchical-cache --hicache-ratio 4 --hicache-io-backend direct --hicache-storage-backend file"
+    tiers += " --hicache-storage-prefetch-policy wait_complete --enable-cache-report"
+    tiers += " --page-size 16 --chunked-prefill-size 128"  # a prompt of 400 is cut where its hit will end
+    arguments = [*ARGS, *tiers.split(), "--kv-cache-dtype", "int4", "--tp-size", "2", "--pp-size", "2"]
+    token_bytes = 2 * 2 * 72  # of a layer on a rank; the stages have one and two of the three
     variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0|1", "SAW_INT4_CALIBRATION": "auto", "SAW_INT4_GROUPS": "2"}
     variables |= {"HOME": str(logs), "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}  # as other tests use memory too
-    server = Server(tiny, logs / "tp.log", *arguments, command=command, **variables)
+    variables |= {"SAW_TEST_CACHE_BYTES": str(1024 * 2 * token_bytes)}
+    variables |= {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(store)}
+    server = Server(tiny, logs / "tp.log", *arguments, **variables)
     try:
         server.ready()
         cache = server.state()["kv_cache_format"]
         found = env.Options(calibration=str(path_of(model_fingerprint(tiny), 128, 2, home=logs)), groups=2)
         assert cache["fingerprint"] == found.kv_format(128).fingerprint
-        assert cache["bytes_per_token"] == 2 * 1 * 2 * 72  # the first stage has one of the three layers
+        assert cache["bytes_per_token"] == token_bytes
         assert mean_gap(server.prompt_logprobs(IDS), expected) < LIMIT
+
+        prompt = list(range(1000, 1400))
+        _, cold = found_and_answer(server, prompt)
+        assert found_and_answer(server, prompt) == ("device", cold)
+        for start in (2000, 3000, 4000):  # other prompts fill the pool
+            server.generate(list(range(start, start + 400)))
+        assert found_and_answer(server, prompt) == ("host", cold)
+        server.flush()
+        assert found_and_answer(server, prompt) == ("storage", cold)
+        ranks = {file.stem.split("_", 1)[1] for file in store.glob("*.bin")}
+        assert {name[-7:] for name in ranks} == {f"{tp}_2_2_{pp}" for tp in range(2) for pp in range(2)}
     finally:
         server.stop()
+
+
+def found_and_answer(server, prompt: list[int]) -> tuple[str, list]:
+    """The tier that held all of the prompt's whole pages, and what was answered."""
+    answer = server.generate(prompt, 8, return_logprob=True)
+    found = answer["meta_info"]["cached_tokens_details"] or {}
+    tiers = [tier for tier in ("device", "host", "storage") if found.get(tier) == len(prompt) - 16]
+    return "".join(tiers), output_logprobs(answer)
 
 
 @pytest.mark.both_versions

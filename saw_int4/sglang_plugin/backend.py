@@ -17,9 +17,9 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from saw_int4 import env, ops
 from saw_int4.sglang_plugin import prefill, verify
-from saw_int4.sglang_plugin.plan import Group, Plan, decode_limit, plan_decode, plan_extend
+from saw_int4.sglang_plugin.plan import Group, Plan, ShortRequests, decode_limit, plan_decode, plan_extend
 from saw_int4.sglang_plugin.pool import Int4KVPool, locate, pools_of
-from saw_int4.sglang_plugin.speculation import VerifyBuffers, plan_verify, verify_mask
+from saw_int4.sglang_plugin.speculation import VerifyBuffers, plan_verify, plan_windows, verify_mask
 from saw_int4.sglang_plugin.transform import KeyTransform
 from saw_int4.sglang_plugin.window_slots import WindowSlots
 
@@ -42,10 +42,10 @@ class Int4AttentionBackend(AttentionBackend):
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.page_size = model_runner.page_size
         self.plan: Plan | None = None
+        self.window = model_runner.sliding_window_size or 0  # most older tokens that a row of a windowed layer sees
         self.window_slots: WindowSlots | None = None
         if hasattr(self.token_to_kv_pool, "swa_kv_pool"):
-            table, window = self.req_to_token_pool.req_to_token, model_runner.sliding_window_size
-            self.window_slots = WindowSlots(self.token_to_kv_pool, table, window)
+            self.window_slots = WindowSlots(self.token_to_kv_pool, self.req_to_token_pool.req_to_token, self.window)
         self._workspaces: list[torch.Tensor] = []  # only the last is in use; captured graphs hold the others' addresses
         self._workspace_rows = self._graph_rows = 0
         self._batch_invariant = env.published().batch_invariant
@@ -59,7 +59,7 @@ class Int4AttentionBackend(AttentionBackend):
         pools, model = pools_of(self.token_to_kv_pool), model_runner.model_config
         self.decode_limit = decode_limit(model.num_attention_heads // model.get_total_num_kv_heads(), cuda)
         token_bytes = 2 * max(p.head_num * p.head_dim for p in pools) * model_runner.dtype.itemsize
-        self.capacity = max(GATHER_BYTES // token_bytes, 2 * (model_runner.sliding_window_size or 0))
+        self.capacity = max(GATHER_BYTES // token_bytes, 2 * self.window)
         self._gathered = torch.empty(
             self.capacity * token_bytes, dtype=torch.uint8, device=self.token_to_kv_pool.device
         )
@@ -83,6 +83,11 @@ class Int4AttentionBackend(AttentionBackend):
             self.plan = plan_decode(forward_batch)
         elif mode.is_target_verify():
             self.plan = plan_verify(forward_batch, self._verify_buffers)
+            if self.window:
+                table = self.req_to_token_pool.req_to_token
+                self.plan.windowed = plan_windows(
+                    self.plan.short, table, self.window, self.window_slots, self._verify_buffers
+                )
         elif mode.is_extend() and not mode.is_draft_extend_v2():
             self.plan = plan_extend(forward_batch, self.decode_limit, self.fresh)
         elif mode.is_idle():
@@ -96,7 +101,7 @@ class Int4AttentionBackend(AttentionBackend):
         if self.window_slots is not None:
             self.window_slots.reserve(max_bs, max_num_tokens)
         self._graph_rows = max_num_tokens
-        self._verify_buffers = VerifyBuffers(max_bs, max_num_tokens, self.token_to_kv_pool.device)
+        self._verify_buffers = VerifyBuffers(max_bs, max_num_tokens, self.window, self.token_to_kv_pool.device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -156,8 +161,10 @@ class Int4AttentionBackend(AttentionBackend):
             sinks=None if sinks is None else sinks.float(),
         )
         table = self.plan.swa_table if is_swa else self.req_to_token_pool.req_to_token
-        if self.plan.short is not None:
-            self._short(q, rows, table, is_swa, out, pool, pool.transforms[local], options)
+        windowed = layer.sliding_window_size >= 0 and self.plan.windowed is not None
+        short = self.plan.windowed if windowed else self.plan.short
+        if short is not None:
+            self._short(short, q, rows, table, is_swa, out, pool, pool.transforms[local], options)
         if self.plan.long:
             new = None
             if self.fresh and k is not None:
@@ -168,20 +175,22 @@ class Int4AttentionBackend(AttentionBackend):
         out[self.plan.num_rows :] = 0
         return out.view(out.shape[0], -1)
 
-    def _short(self, q, rows, table, is_swa, out, pool: Int4KVPool, transform: KeyTransform, options: dict) -> None:
-        short, n = self.plan.short, self.plan.num_rows
+    def _short(
+        self, short: ShortRequests, q, rows, table, is_swa, out, pool: Int4KVPool, transform: KeyTransform, options
+    ) -> None:
+        n = self.plan.num_rows
         whole = short.rows is None
         q = q[:n] if whole else q[short.rows]
         result = ops.decode_attention(
             q,
             *rows,
-            table,
+            table if short.table is None else short.table,
             (short.batch_rows if is_swa else short.table_rows).to(torch.int64),
             short.seq_lens.to(torch.int64),
             short.q_indptr,
             max_q_len=short.max_q_len,
             tree_mask=short.tree_mask,
-            page_size=self.page_size,
+            page_size=self.page_size if short.table is None else 1,
             batch_invariant=self._batch_invariant,
             workspace=self._workspace(q, len(short.seq_lens) * short.max_q_len),
             rotation_order=pool.format.rotation_order,

@@ -38,6 +38,7 @@ class ShortRequests:
         q_indptr: int32 [B + 1], or None: max_q_len rows each.
         max_q_len: most new tokens of one of them.
         tree_mask: int64, for each query row the new tokens that it sees (bits), or None: those up to itself.
+        table: int32, a slot table of their own, where slots of a page do not lie together; None: the layers' table.
     """
 
     table_rows: Tensor
@@ -47,6 +48,7 @@ class ShortRequests:
     q_indptr: Tensor | None = None
     max_q_len: int = 1
     tree_mask: Tensor | None = None
+    table: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Plan:
 
     Attributes:
         short: what goes through decode_attention.
+        windowed: the same for layers with a sliding window, where that differs.
         long: every other request, whole: its span has no window yet.
         table_rows: int64 [B], the requests' rows in the slot table.
         num_rows: query rows that belong to a request; rows after them are padding.
@@ -122,6 +125,7 @@ class Plan:
 
     short: ShortRequests | None
     long: list[Span] = field(default_factory=list)
+    windowed: ShortRequests | None = None
     table_rows: Tensor | None = None
     num_rows: int = 0
     swa_loc: Tensor | None = None
@@ -164,7 +168,8 @@ def plan_extend(forward_batch, limit: int, fresh: bool) -> Plan:
         span = Span(start, start + new, 0, prefix + new, place)
         start += new
         (short if new <= limit and (prefix or not fresh) else long).append(span)
-    plan = Plan(None, [span for span in long if span.num_rows], table_rows, start)
+    long = [span for span in long if span.num_rows]
+    plan = Plan(None, long, table_rows=table_rows, num_rows=start)
     if short:
         places = upload([s.place for s in short], table_rows.device)
         plan.short = ShortRequests(

@@ -36,9 +36,12 @@ def tree_bits(custom_mask: Tensor, seen_lens: Tensor, num_drafts: int) -> Tensor
 class VerifyBuffers:
     """What a captured graph of a verification reads: filled anew before each replay."""
 
-    def __init__(self, max_requests: int, max_rows: int, device) -> None:
+    def __init__(self, max_requests: int, max_rows: int, window: int, device) -> None:
         self.seq_lens = torch.zeros(max_requests, dtype=torch.int64, device=device)
         self.tree_mask = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.lines = torch.zeros(max_rows if window else 0, window + 1, dtype=torch.int32, device=device)
+        self.line_lens = torch.zeros(len(self.lines), dtype=torch.int64, device=device)
+        self.line_numbers = torch.arange(len(self.lines), device=device)
 
 
 def verify_mask(device) -> VerifyMask:
@@ -59,3 +62,35 @@ def plan_verify(forward_batch, buffers: VerifyBuffers | None = None) -> Plan:
         mask = buffers.tree_mask[: len(mask)].copy_(mask)
     short = ShortRequests(rows, seq_lens, max_q_len=drafts, tree_mask=mask)
     return Plan(short, num_rows=len(rows) * drafts)
+
+
+def plan_windows(short: ShortRequests, table: Tensor, window: int, window_slots, buffers: VerifyBuffers | None = None):
+    """Every draft as a request of its own, with a line of slots: the last tokens that it sees, and itself.
+
+    A draft's window is counted from its depth in the tree, which its place among the request's rows is not.
+
+    Args:
+        table: int32, slots of the requests' tokens.
+        window: most older tokens that one sees.
+        window_slots: where windows have a pool of their own, the ``WindowSlots`` of it.
+        buffers: see ``plan_verify``.
+    """
+    drafts, device = short.max_q_len, table.device
+    seen = (short.tree_mask[:, None] >> torch.arange(drafts, device=device)) & 1
+    branch = seen.argsort(dim=1, descending=True, stable=True)  # places of a draft's ancestors and its own, in order
+    cached = (short.seq_lens - drafts)[:, None].expand(-1, drafts).reshape(-1, 1)
+    length = cached + seen.sum(dim=1, keepdim=True)
+    line_lens = length.clamp(max=window + 1)
+    tokens = length - line_lens + torch.arange(window + 1, device=device)
+    places = cached + branch.gather(1, (tokens - cached).clamp(0, drafts - 1))
+    tokens = torch.where(tokens < cached, tokens, places).clamp_(max=table.shape[1] - 1)
+    lines = table[short.table_rows[:, None].expand(-1, drafts).reshape(-1, 1), tokens]
+    if window_slots is not None:
+        lines = window_slots.translate(lines)
+    line_lens, rows = line_lens.squeeze(1), len(lines)
+    if buffers is not None and rows <= len(buffers.lines):
+        lines, line_lens = buffers.lines[:rows].copy_(lines), buffers.line_lens[:rows].copy_(line_lens)
+        numbers = buffers.line_numbers[:rows]
+    else:
+        numbers = torch.arange(rows, device=device)
+    return ShortRequests(numbers, line_lens, batch_rows=numbers, table=lines)

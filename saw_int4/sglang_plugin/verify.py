@@ -100,10 +100,9 @@ def serving(model_runner) -> None:
     backend = model_runner.attn_backend
     if type(backend) is not Int4AttentionBackend:
         fail(f"the attention backend is {type(backend).__name__}, expected {ATTENTION_BACKEND}.")
-    if not model_runner.spec_algorithm.is_none() and windows(model_runner.model):
-        fail(
-            "speculative decoding of a model with sliding windows: a draft's window is not that of its place in a tree."
-        )
+    drafts = model_runner.spec_algorithm
+    if not (drafts.is_none() or drafts.is_ngram()) and windows(model_runner.model):
+        fail("a draft model for a model with sliding windows was not tested; use --speculative-algorithm NGRAM.")
     bf16 = env.published().bf16_layers
     formats = [f"{p.format.fingerprint} bf16 {bf16}" for p in pools_of(model_runner.token_to_kv_pool)]
     across_ranks(formats, get_world_group().cpu_group)

@@ -34,6 +34,8 @@ class WindowSlots:
         loc, requests = forward_batch.out_cache_loc, forward_batch.req_pool_indices
         table, places, window_loc = self._room(len(requests), len(loc))
         plan.swa_loc = window_loc[: len(loc)].copy_(self.kv_pool.translate_loc_from_full_to_swa(loc))
+        if plan.windowed is not None:  # drafts, with a table of their own
+            return
         plan.swa_table = table
         if plan.short is not None and plan.short.batch_rows is None:
             plan.short.batch_rows = places[: len(requests)]
@@ -42,8 +44,11 @@ class WindowSlots:
         first = (forward_batch.seq_lens - upload(new, loc.device) - self.window).clamp_(min=0)
         tokens = first[:, None] + torch.arange(max(new) + self.window, device=loc.device)
         tokens.clamp_(max=table.shape[1] - 1)
-        slots = self.kv_pool.translate_loc_from_full_to_swa(self.req_to_token[requests[:, None], tokens].long())
-        table[places[: len(requests), None], tokens] = slots.clamp_(min=0).to(torch.int32)
+        table[places[: len(requests), None], tokens] = self.translate(self.req_to_token[requests[:, None], tokens])
+
+    def translate(self, slots: Tensor) -> Tensor:
+        """int32; 0 for tokens that the pool forgot."""
+        return self.kv_pool.translate_loc_from_full_to_swa(slots.long()).clamp_(min=0).to(torch.int32)
 
     def _room(self, requests: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         for buffers in (self._captured, self._eager):

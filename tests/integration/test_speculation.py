@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from checkpoints import eagle_head, qwen3
+from checkpoints import eagle_head, granite_swa, qwen3
 from conftest import CALIBRATED
 from server import Server
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.eagle_utils import TreeMaskMode
-from test_attention import H_KV, H_Q, PAGE, D, make_backend, make_layer
+from test_attention import H_KV, H_Q, PAGE, SLOTS, WINDOW, D, make_backend, make_layer, over_two_parts
 
 from saw_int4 import ops
 from saw_int4.format import row_bytes
@@ -67,32 +67,42 @@ def fill(backend, generator) -> None:
 
 
 @pytest.mark.both_versions
-def test_drafts_attend_along_their_branch(monkeypatch):
-    """Each draft's output is that of a decode step over the cached tokens, its ancestors and itself."""
+@pytest.mark.parametrize(("window", "two_parts"), [(-1, False), (WINDOW, False), (WINDOW, True)])
+def test_drafts_attend_along_their_branch(monkeypatch, window, two_parts):
+    """Each draft's output is that of a decode step over the cached tokens, its ancestors and itself, or the last of
+    them: over one pool, and over SGLang's two-part pool."""
     generator = torch.Generator().manual_seed(1)
     backend = make_backend(monkeypatch, "kv", calibrated=True)
-    backend._verify_buffers = None
+    backend._verify_buffers, backend.window = None, max(window, 0)
     fill(backend, generator)
     lens, trees = [70, 3, 33], random_trees(3, seed=2)
-    batch, layer = make_verification(backend, trees, lens), make_layer()
+    batch, layer = make_verification(backend, trees, lens), make_layer(sliding_window_size=window)
     q = torch.randn(3 * DRAFTS, H_Q * D, generator=generator).bfloat16()
     k, v = torch.randn(2, 3 * DRAFTS, H_KV * D, generator=generator).bfloat16()
+    rows, transform = backend.token_to_kv_pool.rows(0), backend.token_to_kv_pool.transforms[0]
+    backend.token_to_kv_pool._set_quantized_kv_buffer(0, 0, batch.out_cache_loc, k, v)
+    if two_parts:
+        over_two_parts(backend)
+        part = backend.token_to_kv_pool.swa_kv_pool
+        part.transforms = [transform]
+        for own, plain in zip(part.rows(0), rows):
+            own[backend.token_to_kv_pool.translate_loc_from_full_to_swa(torch.arange(SLOTS))] = plain[:SLOTS]
     backend.init_forward_metadata(batch)
     out = backend.forward_extend(q, k, v, layer, batch).view(3, DRAFTS, H_Q, D)
 
     table = backend.req_to_token_pool.req_to_token
-    transform = backend.token_to_kv_pool.transforms[0]
     for request, (length, tree) in enumerate(zip(lens, trees)):
         for draft in range(DRAFTS):
             branch = length + tree[draft].nonzero().flatten()
             slots = torch.cat([table[request, :length], table[request, branch]])[None]
             alone = ops.decode_attention(
                 q.view(3, DRAFTS, H_Q, D)[request, draft][None],
-                *backend.token_to_kv_pool.rows(0),
+                *rows,
                 slots.contiguous(),
                 torch.tensor([0]),
                 torch.tensor([slots.shape[1]]),
                 sm_scale=layer.scaling,
+                window=window,
                 rotation_order=D,
                 rotate_v=True,
                 k_mean=transform.mean,
@@ -122,13 +132,17 @@ def test_draft_models_leave_the_cached_tokens_out_of_the_mask(monkeypatch):
 def test_captured_graph_sees_the_next_drafts(monkeypatch):
     """A CUDA graph keeps the addresses of its capture: the plan of a replay must lie there too."""
     backend = make_backend(monkeypatch, "k", calibrated=False)
+    backend.window = WINDOW
     backend.init_cuda_graph_state(max_bs=4, max_num_tokens=4 * DRAFTS)
     backend.init_forward_metadata_out_graph(make_verification(backend, random_trees(4), [1] * 4), in_capture=True)
-    captured = backend.plan.short
+    captured, windowed = backend.plan.short, backend.plan.windowed
     trees, lens = random_trees(4, seed=5), [60, 2, 9, 31]
     backend.init_forward_metadata_out_graph(make_verification(backend, trees, lens))
     assert captured.seq_lens.tolist() == [n + DRAFTS for n in lens]
     assert torch.equal(captured.tree_mask, speculation.tree_bits(full_mask(trees, lens), torch.tensor(lens), DRAFTS))
+    fresh = speculation.plan_windows(captured, backend.req_to_token_pool.req_to_token, WINDOW, None)
+    for name in ("table_rows", "batch_rows", "seq_lens", "table"):
+        assert torch.equal(getattr(windowed, name), getattr(fresh, name))
 
 
 # ---- what the CPU platform does in place of SGLang's kernels -------------------------------------------------------
@@ -357,28 +371,30 @@ def test_acceptance_is_that_of_the_two_caches(drafting_server, bf16_server, text
 def test_the_whole_pool(model, tmp_path, logs, drafts):
     """A draft model's cache is counted; drafts go on to the end of the context, and no slot is lost.
 
-    Ngrams in pages of 16 tokens, where SGLang allows chains only; EAGLE as trees. The tiny model soon repeats itself,
-    which is what this EAGLE head drafts.
+    Ngrams in pages of 16 tokens, where SGLang allows chains only, over a model with windows and sinks, which have a
+    pool of their own; EAGLE as trees. Tiny models soon repeat themselves, which is what this EAGLE head drafts.
     """
-    token_bytes = 3 * 2 * 2 * row_bytes(128)
+    args = ["--kv-cache-dtype", "int4", "--context-length", "256"]
     if drafts == "ngram":
-        args = [*NGRAM, "--page-size", "16", "--speculative-ngram-max-bfs-breadth", "1"]
+        target = granite_swa(model, tmp_path / "model")
+        args += [*NGRAM, "--page-size", "16", "--speculative-ngram-max-bfs-breadth", "1", "--max-total-tokens", "512"]
+        token_bytes = 4 * 2 * 2 * row_bytes(64)
     else:
-        args = draft_model("EAGLE", eagle_head(model, tmp_path / "head"), 4)
-        token_bytes += 2 * 2 * 32 * 2  # one layer, two heads of 32 in BF16
-    args += ["--kv-cache-dtype", "int4", "--context-length", "256"]
-    free = {"SAW_TEST_CACHE_BYTES": str(512 * token_bytes)}
-    server = Server(qwen3(model, tmp_path / "model"), logs / f"{drafts}-tiny.log", *args, **free)
+        target = qwen3(model, tmp_path / "model")
+        args += draft_model("EAGLE", eagle_head(model, tmp_path / "head"), 4)
+        token_bytes = 3 * 2 * 2 * row_bytes(128) + 2 * 2 * 32 * 2  # its one layer has two heads of 32 in BF16
+    server = Server(target, logs / f"{drafts}-tiny.log", *args, SAW_TEST_CACHE_BYTES=str(512 * token_bytes))
     try:
         server.ready()
         assert server.info()["max_total_num_tokens"] == 512
+        free = server.state()["test_free_tokens"]
         ids = list(range(100, 120)) * 3
         room = 190 if drafts == "ngram" else 256 - len(ids) - STEPS * 4  # SGLang keeps as much for EAGLE's drafts
         meta = server.generate(ids, room, return_logprob=True)["meta_info"]
         answer = meta["output_token_logprobs"]
         assert len(answer) == room
         server.flush()
-        assert server.state()["test_free_tokens"] == 512
+        assert server.state()["test_free_tokens"] == free
         again = server.prompt_logprobs(ids + [token for _, token, _ in answer[:150]])[-150:]  # room for drafts after it
         gap = sum(abs(said[0] - read) for said, read in zip(answer, again)) / 150
         print(f"{meta['spec_accept_length']:.2f} tokens a pass, log probabilities {gap:.3f} apart when read again")

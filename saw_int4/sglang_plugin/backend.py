@@ -12,11 +12,11 @@ import logging
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from saw_int4 import env, ops
-from saw_int4.sglang_plugin import prefill, verify
+from saw_int4.sglang_plugin import prefill, ragged_prefill, verify
 from saw_int4.sglang_plugin.plan import Group, Plan, ShortRequests, decode_limit, plan_decode, plan_extend
 from saw_int4.sglang_plugin.pool import Int4KVPool, locate, pools_of
 from saw_int4.sglang_plugin.speculation import VerifyBuffers, plan_verify, plan_windows, verify_mask
@@ -51,7 +51,7 @@ class Int4AttentionBackend(AttentionBackend):
         self._batch_invariant = env.published().batch_invariant
         self._verify_buffers: VerifyBuffers | None = None  # where verifications are captured
         self._verify_mask = verify_mask(self.token_to_kv_pool.device)
-        self._bf16_layers = TorchNativeAttnBackend(model_runner)  # attention of layers that stay in BF16, on CPU only
+        self._bf16_layers = _bf16_backend(model_runner)
         self._layers: dict[int, tuple[Int4KVPool, int, bool]] = {}  # checked layers, as pool.locate finds them
 
         cuda = torch.device(self.token_to_kv_pool.device).type == "cuda"
@@ -63,12 +63,14 @@ class Int4AttentionBackend(AttentionBackend):
         self._gathered = torch.empty(
             self.capacity * token_bytes, dtype=torch.uint8, device=self.token_to_kv_pool.device
         )
+        layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
+        self._attend, kernel_name = ragged_prefill.choose(layers, model_runner.dtype, self._gathered.device)
         logger.info(
             "saw_int4: attention on %s: saw_int4 kernels for decode and extends of up to %d tokens; %s for longer "
             "ones, their own keys %s, %d cached tokens at a time (%d MB)",
             "CUDA" if cuda else "CPU",
             self.decode_limit,
-            prefill.kernel_name(self._gathered.device),
+            kernel_name,
             "fresh" if self.fresh else "read back",
             self.capacity,
             self._gathered.numel() >> 20,
@@ -76,8 +78,24 @@ class Int4AttentionBackend(AttentionBackend):
 
     # ---- metadata ------------------------------------------------------------------------------------------------
 
+    def init_forward_metadata(self, forward_batch) -> None:
+        """For a pass without a graph."""
+        self._make_plan(forward_batch)
+        if self._bf16_layers is not None:
+            self._bf16_layers.init_forward_metadata(forward_batch)
+
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False) -> None:
-        """Plan the pass. A captured graph keeps reading the tensors that a decode plan holds: the runner's own."""
+        """For a graph's capture, and before it is replayed."""
+        self._make_plan(forward_batch)
+        if self._bf16_layers is not None:
+            self._bf16_layers.init_forward_metadata_out_graph(forward_batch, in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch) -> None:
+        if self._bf16_layers is not None:
+            self._bf16_layers.init_forward_metadata_in_graph(forward_batch)
+
+    def _make_plan(self, forward_batch) -> None:
+        """A captured graph keeps reading the tensors that a decode plan holds: the runner's own."""
         mode = forward_batch.forward_mode
         if mode.is_decode():
             self.plan = plan_decode(forward_batch)
@@ -100,6 +118,8 @@ class Int4AttentionBackend(AttentionBackend):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         if self.window_slots is not None:
             self.window_slots.reserve(max_bs, max_num_tokens)
+        if self._bf16_layers is not None:
+            self._bf16_layers.init_cuda_graph_state(max_bs, max_num_tokens)
         self._graph_rows = max_num_tokens
         self._verify_buffers = VerifyBuffers(max_bs, max_num_tokens, self.window, self.token_to_kv_pool.device)
 
@@ -217,7 +237,7 @@ class Int4AttentionBackend(AttentionBackend):
         options["need_lse"] = sinks is not None or len(group.pieces) > 1
         if not group.pieces:
             sizes = (group.indptr, group.lens)
-            result, lse = prefill.attend(q, *new, *sizes, *sizes, causal=True, **options)
+            result, lse = self._attend(q, *new, *sizes, *sizes, causal=True, **options)
         else:
             if new is not None:
                 new[0] = ops.transform_rows(
@@ -252,7 +272,7 @@ class Int4AttentionBackend(AttentionBackend):
             ops.gather_kv(*rows, keys.slots, k, v)
             if keys.own is not None:
                 k[keys.own], v[keys.own] = new
-            part = prefill.attend(
+            part = self._attend(
                 q, k, v, group.indptr, group.lens, keys.indptr, keys.lens, causal=keys.causal, **options
             )
             total = part if total is None else prefill.merge(*total, *part)
@@ -289,3 +309,17 @@ class Int4AttentionBackend(AttentionBackend):
                 "Way out: use another --kv-cache-dtype for this model."
             )
         return pool, local, is_swa
+
+
+def _bf16_backend(model_runner) -> AttentionBackend | None:
+    """SGLang's own attention for layers that stay in BF16; None where there are none."""
+    pool = model_runner.token_to_kv_pool
+    if not any(any(part.quant_method.in_bf16) for part in pools_of(pool)):
+        return None
+    if torch.device(pool.device).type != "cuda":
+        return TorchNativeAttnBackend(model_runner)
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    backend = TritonAttnBackend(model_runner)
+    backend.v_head_dim = model_runner.model_config.v_head_dim  # it took that of the first layer's rows
+    return backend

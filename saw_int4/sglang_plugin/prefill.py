@@ -10,11 +10,6 @@ BLOCK_ROWS = 512  # query rows at a time where masks or scores are written out
 BLOCK_SCORES = 1 << 26  # and fp32 scores at a time: 256 MB
 
 
-def kernel_name(device: torch.device) -> str:
-    """What ``attend`` runs for models without logit cap, for the log."""
-    return "PyTorch's flash attention" if device.type == "cuda" else "PyTorch's scaled_dot_product_attention"
-
-
 def attend(
     q: Tensor,
     k: Tensor,

@@ -154,12 +154,10 @@ def check_speculation(algorithm: str | None) -> None:
 
 
 def check_bf16_layers(options: Options, model, view) -> None:
-    """ValueError where layers cannot stay in BF16: SGLang's attention on CPU serves them, over one pool."""
+    """ValueError where layers cannot stay in BF16: SGLang's own attention serves them, over one pool."""
     layers = options.for_model(model.num_hidden_layers).bf16_layers
     problem = None
-    if layers and view.device != "cpu":
-        problem = f"are served on CPU only yet, this is {view.device}"
-    elif layers and view.speculative_algorithm:
+    if layers and view.speculative_algorithm:
         problem = "are not served with speculative decoding"
     elif layers and view.enable_hierarchical_cache:
         problem = "do not fit into HiCache's host pools, whose rows are of one size"

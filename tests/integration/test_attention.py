@@ -11,7 +11,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from saw_int4 import env, ops
-from saw_int4.sglang_plugin import verify
+from saw_int4.sglang_plugin import prefill, verify
 from saw_int4.sglang_plugin.backend import Int4AttentionBackend
 from saw_int4.sglang_plugin.plan import Span, arrange
 from saw_int4.sglang_plugin.pool import Int4KVPool, name_layers
@@ -51,6 +51,7 @@ def make_backend(
         token_to_kv_pool=pool,
         req_to_token_pool=SimpleNamespace(req_to_token=table),
         page_size=PAGE,
+        model=torch.nn.Module(),
         model_config=SimpleNamespace(num_attention_heads=H_Q, get_total_num_kv_heads=lambda: H_KV),
         dtype=torch.float32,
         sliding_window_size=None,
@@ -162,7 +163,7 @@ FORMATS = [  # rotation, calibrated, groups, changes of the layer, with sinks
 ]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [*DEVICES, pytest.param("cuda-by-pytorch", marks=DEVICES[1].marks)])
 @pytest.mark.parametrize("capacity", [10**6, 90], ids=["whole", "pieces"])
 @pytest.mark.parametrize("fresh", [False, True], ids=["read-back", "fresh"])
 @pytest.mark.parametrize(("rotation", "calibrated", "groups", "changes", "with_sinks"), FORMATS)
@@ -171,11 +172,15 @@ def test_backend_against_float64(
 ):
     """Cold long and short requests, one on a prefix, a short one and a single token in one batch; then a decode step.
 
-    With room for 90 keys the second request, of 200, is cut in rows and in keys.
+    With room for 90 keys the second request, of 200, is cut in rows and in keys. On a GPU with what ``choose`` takes
+    for long extends, which is FlashInfer's kernels where they are installed, and with PyTorch's.
     """
     torch.manual_seed(1)
+    device, _, by_pytorch = device.partition("-by-")
     backend = make_backend(monkeypatch, rotation, calibrated, device, groups)
     backend.fresh, backend.capacity = fresh, capacity
+    if by_pytorch:
+        backend._attend = prefill.attend
     dtype, tolerance = (torch.float32, 2e-5) if device == "cpu" else (torch.bfloat16, 1e-2)
     layer = make_layer(**changes)
     sinks = torch.randn(H_Q, device=device) if with_sinks else None

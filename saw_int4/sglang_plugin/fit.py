@@ -57,7 +57,8 @@ OVERRIDES = {
     "saw_int4.sglang_plugin.pool.CpuKVPool": ("_init_kv_copy_and_warmup",),
     "saw_int4.sglang_plugin.backend.Int4AttentionBackend": (
         "forward_decode", "forward_extend", "get_cuda_graph_seq_len_fill_value", "init_cuda_graph_state",
-        "init_forward_metadata_out_graph", "shared_read_ends", "support_triton", "verify_mask",
+        "init_forward_metadata", "init_forward_metadata_in_graph", "init_forward_metadata_out_graph",
+        "shared_read_ends", "support_triton", "verify_mask",
     ),
     "saw_int4.sglang_plugin.quant_method.Int4KVMethod": (
         "attention_accesses", "compute_cell_size", "create_buffers", "dequantize_prev_kv", "quantize_and_store",

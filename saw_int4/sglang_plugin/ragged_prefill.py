@@ -22,14 +22,8 @@ logger = logging.getLogger(__name__)
 Attend = Callable[..., tuple[Tensor, Tensor | None]]  # called as ``prefill.attend``
 PLANS = 4  # kept; FlashInfer takes 8 MB of the GPU's memory and of the host's for each
 HEAD_DIMS = (64, 128, 256)  # of FlashInfer's prefill kernels, FA2's and FA3's
-FAILURES = (
-    ImportError,
-    AttributeError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)  # its own, its compiler's, CUDA's
+# Of FlashInfer, of its compiler, of its kernels.
+FAILURES = (AssertionError, AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def choose(layers: list, dtype: torch.dtype, device: torch.device) -> tuple[Attend, str]:

@@ -8,9 +8,11 @@ own server with the same flags (--mem-fraction-static and so on), which answers 
 """
 
 import argparse
+import contextlib
+import importlib
+import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,12 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from saw_int4 import serve  # noqa: E402
-
-# Where torch is a CPU build, SGLang's benchmark cannot import torchvision without this.
-BENCHMARK = (
-    "from saw_int4.torchvision_compat import define_missing_operators; define_missing_operators(); "
-    "from sglang.benchmark.serving import cli_main; cli_main()"
-)
+from saw_int4.torchvision_compat import define_missing_operators  # noqa: E402
 
 
 def load(text: str) -> tuple[int, int, int]:
@@ -39,18 +36,30 @@ def measure(url: str, model: str, size: tuple[int, int, int], seed: int, results
     tokens_in, tokens_out, requests = size
     body = {"input_ids": [3 + n for n in range(tokens_in)], "sampling_params": {"temperature": 0, "max_new_tokens": 4}}
     serve.request(f"{url}/generate", body, timeout=600)
-    command = [sys.executable, "-c", BENCHMARK, "--backend", "sglang", "--base-url", url, "--model", model]
+    command = ["bench_serving", "--backend", "sglang", "--base-url", url, "--model", model]
     command += ["--dataset-name", "random-ids", "--tokenize-prompt", "--random-range-ratio", "1.0"]
     command += ["--random-input-len", str(tokens_in), "--random-output-len", str(tokens_out)]
     command += ["--num-prompts", str(requests), "--max-concurrency", str(requests), "--seed", str(seed)]
     command += ["--flush-cache", "--warmup-requests", "0", "--disable-tqdm", "--output-file", str(results)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"SGLang's benchmark failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    said, argv = io.StringIO(), sys.argv
+    sys.argv = command
+    try:
+        with contextlib.redirect_stdout(said):
+            benchmark().cli_main()
+    finally:
+        sys.argv = argv
     record = json.loads(results.read_text().splitlines()[-1])
     if record["completed"] != requests:
-        raise SystemExit(f"{record['completed']} of {requests} requests were completed; see {results}")
+        raise SystemExit(
+            f"{record['completed']} of {requests} requests were completed; see {results}\n{said.getvalue()}"
+        )
     return record
+
+
+def benchmark():
+    """SGLang's own, in this process: importing it takes as long as a small load."""
+    define_missing_operators()  # for torchvision, where torch is a CPU build
+    return importlib.import_module("sglang.benchmark.serving")
 
 
 def main() -> None:

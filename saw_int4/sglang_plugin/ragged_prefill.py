@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 Attend = Callable[..., tuple[Tensor, Tensor | None]]  # called as ``prefill.attend``
 PLANS = 4  # kept; FlashInfer takes 8 MB of the GPU's memory and of the host's for each
 HEAD_DIMS = (64, 128, 256)  # of FlashInfer's prefill kernels, FA2's and FA3's
+DTYPES = (torch.bfloat16, torch.float16)
 # Of FlashInfer, of its compiler, of its kernels.
 FAILURES = (AssertionError, AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 
@@ -109,8 +110,8 @@ class RaggedPrefill:
             self._planned.move_to_end(key)
             return self._planned[key][0]
         q_lens, k_lens, H_q, D, H_kv, dtype, causal, sm_scale, window, logit_cap = key
-        if D not in HEAD_DIMS:
-            raise ValueError(f"FlashInfer's prefill: got head_dim {D}, expected one of {HEAD_DIMS}.")
+        if D not in HEAD_DIMS or dtype not in DTYPES:
+            raise ValueError(f"its prefill got head_dim {D} in {dtype}, expected one of {HEAD_DIMS} in 16 bits")
         if self._free:
             wrapper, copied = self._free.pop(), torch.cuda.Event()
         else:  # of the oldest plan, whose host buffer may be overwritten once the GPU has its copy

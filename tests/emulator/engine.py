@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from emulator import build
+from saw_int4 import ops
 
 # The operators, and the instantiations of decode that the CUDA build compiles, as C++.
 SOURCES = (
@@ -31,80 +35,31 @@ class EmulatedEngine:
         """
         self._library.configure(order=order, resident_blocks=resident_blocks, seed=seed, sm_count=sm_count)
 
-    def append_kv(
-        self,
-        k: Tensor,
-        v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slots: Tensor,
-        *,
-        rotation_order: int,
-        rotate_v: bool = False,
-        k_mean: Tensor | None = None,
-        k_inv_scale: Tensor | None = None,
-        k_sign: Tensor | None = None,
-    ) -> None:
-        self._library.append_kv(k, v, k_cache, v_cache, slots, rotation_order, rotate_v, k_mean, k_inv_scale, k_sign)
+    def append_kv(self, *args, **options) -> None:
+        self._launch("append_kv", arguments(ops.append_kv, *args, **options))
 
-    def decode_attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slot_table: Tensor,
-        table_rows: Tensor,
-        seq_lens: Tensor,
-        q_indptr: Tensor | None = None,
-        *,
-        sm_scale: float,
-        max_q_len: int = 1,
-        page_size: int = 1,
-        rotation_order: int,
-        rotate_v: bool = False,
-        k_mean: Tensor | None = None,
-        k_scale: Tensor | None = None,
-        k_sign: Tensor | None = None,
-        logit_cap: float = 0.0,
-        window: int = -1,
-        sinks: Tensor | None = None,
-        tree_mask: Tensor | None = None,
-        batch_invariant: bool = False,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
-        workspace: Tensor | None = None,
-    ) -> Tensor:
-        if out is None:
-            # NaN where the kernel forgets to write.
-            out = torch.full(q.shape, float("nan"), dtype=q.dtype)
-        if workspace is None:
-            workspace = self._workspace_for(q, len(seq_lens) * max_q_len, batch_invariant)
-        self._library.decode_attention(
-            q,
-            k_cache,
-            v_cache,
-            slot_table,
-            table_rows,
-            seq_lens,
-            q_indptr,
-            out,
-            lse,
-            workspace,
-            max_q_len,
-            page_size,
-            sm_scale,
-            rotation_order,
-            rotate_v,
-            k_mean,
-            k_scale,
-            k_sign,
-            logit_cap,
-            window,
-            sinks,
-            tree_mask,
-            batch_invariant,
-        )
-        return out
+    def decode_attention(self, *args, **options) -> Tensor:
+        call = arguments(ops.decode_attention, *args, **options)
+        call["out"] = to_be_written(call["q"], call["out"])
+        if call["workspace"] is None:
+            rows = len(call["seq_lens"]) * call["max_q_len"]
+            call["workspace"] = self._workspace_for(call["q"], rows, call["batch_invariant"])
+        self._launch("decode_attention", call)
+        return call["out"]
+
+    def gather_kv(self, *args, **options) -> None:
+        self._launch("gather_kv", arguments(ops.gather_kv, *args, **options))
+
+    def transform_rows(self, *args, **options) -> Tensor:
+        call = arguments(ops.transform_rows, *args, **options)
+        call["out"] = to_be_written(call["x"], call["out"])
+        self._launch("transform_rows", call)
+        return call["out"]
+
+    def _launch(self, operator: str, call: dict) -> None:
+        """The library takes arguments in the order of the operator's schema."""
+        schema = getattr(torch.ops.saw_int4, operator).default._schema
+        getattr(self._library, operator)(*(call[argument.name] for argument in schema.arguments))
 
     def _workspace_for(self, q: Tensor, rows: int, batch_invariant: bool) -> Tensor:
         """One workspace for all calls of a model's shape, as a server has: what a call leaves, the next one finds."""
@@ -115,23 +70,17 @@ class EmulatedEngine:
             self._workspaces[key] = torch.zeros(needed, dtype=torch.uint8)
         return self._workspaces[key]
 
-    def gather_kv(self, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_out: Tensor, v_out: Tensor) -> None:
-        self._library.gather_kv(k_cache, v_cache, slots, k_out, v_out)
 
-    def transform_rows(
-        self,
-        x: Tensor,
-        *,
-        rotation_order: int,
-        mean: Tensor | None = None,
-        mul: Tensor | None = None,
-        sign: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        if out is None:
-            out = torch.full(x.shape, float("nan"), dtype=x.dtype)
-        self._library.transform_rows(x, out, rotation_order, mean, mul, sign)
-        return out
+def arguments(operator: Callable, *args, **options) -> dict:
+    """What a call of one of ``saw_int4.ops`` passes, defaults included, by name."""
+    call = inspect.signature(operator).bind(*args, **options)
+    call.apply_defaults()
+    return call.arguments
+
+
+def to_be_written(like: Tensor, out: Tensor | None) -> Tensor:
+    """``out``, or one with NaN where the kernel forgets to write."""
+    return torch.full(like.shape, float("nan"), dtype=like.dtype) if out is None else out
 
 
 def load() -> EmulatedEngine:

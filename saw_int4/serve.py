@@ -118,24 +118,35 @@ def stop(server: subprocess.Popen) -> None:
         os.killpg(server.pid, signal.SIGKILL)
 
 
+def command(model: str, host: str, port: int, *flags: str) -> list[str]:
+    """Our launcher, with these flags of SGLang."""
+    launcher = [sys.executable, "-m", "saw_int4.launch_server"]
+    return [*launcher, "--model-path", model, "--host", host, "--port", str(port), *flags]
+
+
 @contextlib.contextmanager
-def served(model: str, cache: str, port: int, log: Path, *flags: str) -> Iterator[str]:
-    """A server with one of CACHES, started by our launcher with these flags of SGLang; its address."""
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "saw_int4.launch_server", "--model-path", model]
-    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
-    command += ["--kv-cache-dtype", "auto" if cache == "bf16" else "int4"]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])}
-    if cache in env.ROTATIONS:
-        variables |= {env.ROTATION: cache, env.CALIBRATION: "none"}
-    log.parent.mkdir(exist_ok=True)
+def running(argv: list[str], url: str, log: Path, **variables: str) -> Iterator[subprocess.Popen]:
+    """A server, from its first answer on, with more environment variables. It ends with every process it started."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
+        server = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     try:
         wait_until_healthy(url, server, log)
-        yield url
+        yield server
     finally:
         stop(server)
+
+
+@contextlib.contextmanager
+def served(model: str, cache: str, port: int, log: Path, *flags: str) -> Iterator[str]:
+    """A server with one of CACHES and these flags of SGLang; its address."""
+    url = f"http://127.0.0.1:{port}"
+    dtype = ["--kv-cache-dtype", "auto" if cache == "bf16" else "int4"]
+    variables = {env.ROTATION: cache, env.CALIBRATION: "none"} if cache in env.ROTATIONS else {}
+    with running(command(model, "127.0.0.1", port, *flags, *dtype), url, log, **variables):
+        yield url
 
 
 def main() -> int:
@@ -152,30 +163,25 @@ def main() -> int:
     sized = any(flag.startswith(("--max-total-tokens", "--mem-fraction-static")) for flag in rest)
     if not sized and shutil.which("nvidia-smi") is None:
         rest += ["--max-total-tokens", str(CPU_TOKENS)]
-    command = [sys.executable, "-m", "saw_int4.launch_server", "--model-path", options.model]
-    command += ["--kv-cache-dtype", "int4", "--host", options.host, "--port", str(options.port), *rest]
+    argv = command(options.model, options.host, options.port, "--kv-cache-dtype", "int4", *rest)
     url = f"http://{options.host}:{options.port}"
-    print(f"starting  {' '.join(command)}\nlog       {options.log}", flush=True)
-    with options.log.open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    print(f"starting  {' '.join(argv)}\nlog       {options.log}", flush=True)
     try:
-        wait_until_healthy(url, server, options.log)
-        found = show(url)
-        if options.smoke:
-            check(found)
-            print("smoke     ok")
-        else:
-            print("serving   press Ctrl-C to stop", flush=True)
-            server.wait()
-            raise ServeError(f"the server stopped with exit code {server.returncode}; see {options.log}")
+        with running(argv, url, options.log) as server:
+            found = show(url)
+            if options.smoke:
+                check(found)
+                print("smoke     ok")
+            else:
+                print("serving   press Ctrl-C to stop", flush=True)
+                server.wait()
+                raise ServeError(f"the server stopped with exit code {server.returncode}; see {options.log}")
     except ServeError as error:
         print("".join(options.log.read_text(errors="replace").splitlines(keepends=True)[-25:]), file=sys.stderr)
         print(f"failed    {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopping", flush=True)
-    finally:
-        stop(server)
+        print("stopped", flush=True)
     return 0
 
 

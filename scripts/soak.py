@@ -8,10 +8,8 @@ aborted requests, retractions. The exit code is 0 only if there was no error and
 """
 
 import argparse
-import os
 import pydoc_data.topics
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from saw_int4 import serve  # noqa: E402
-from saw_int4.testing.soak import soak  # noqa: E402
+from saw_int4.testing.soak import every_number_of_rows, soak  # noqa: E402
 from saw_int4.torchvision_compat import define_missing_operators  # noqa: E402
 
 SERVER = (
@@ -52,28 +50,20 @@ def main() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "saw_int4.launch_server", "--model-path", options.model, "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
-    options.log.parent.mkdir(parents=True, exist_ok=True)
-    with options.log.open("w") as log:
-        server = subprocess.Popen(
-            [*command, *flags], stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, **OVERFILL},
-        )  # fmt: skip
-    try:
-        serve.wait_until_healthy(url, server, options.log)
+    with serve.running(serve.command(options.model, "127.0.0.1", port, *flags), url, options.log, **OVERFILL) as server:
+        first, warm = (size / 2**20 for size in every_number_of_rows(url, server.pid, text_ids))
         report = soak(
             url, server.pid, options.log, text_ids, seconds=60 * options.minutes, clients=options.clients,
             say=lambda line: print(f"{time.strftime('%H:%M:%S')} {line}", flush=True),
         )  # fmt: skip
         cache = serve.request(f"{url}/server_info")["internal_states"][0]["kv_cache_format"]["format"]
-    finally:
-        serve.stop(server)
     problems = report.problems()
     verdict = "soak         failed" if problems else "soak         ok: no error, no leak, memory flat"
     if not problems and report.growth_per_hour() is None:
         verdict = "soak         ok: no error, no leak; too short to judge memory"
     lines = [f"flags        {' '.join(flags)}", f"format       {cache}", *report.lines()]
+    lines.append(f"memory       {first:.0f} MiB before prompts of every length up to a chunk's, {warm:.0f} after them")
     lines += [f"problem      {problem}" for problem in problems] + [verdict]
     print("\n".join(lines))
     if options.report is not None:

@@ -41,10 +41,12 @@ READS = {
     ),
     "sglang.srt.configs.model_config.ModelConfig": (
         "head_dim", "v_head_dim", "is_encoder_decoder", "hf_config", "get_num_kv_heads", "is_hybrid_swa",
+        "get_swa_num_kv_heads", "swa_head_dim",
     ),
     "sglang.srt.managers.cache_controller.HiCacheController": (
         "mem_pool_device", "mem_pool_host", "storage_backend_type",
     ),
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager": ("scheduler",),
 }  # fmt: skip
 
 # Methods of SGLang's classes that ours replace: SGLang must still call them.

@@ -83,6 +83,8 @@ def hooks() -> dict[str, Callable]:
             transfers.storage_config
         )
         table["sglang.srt.disaggregation.utils.get_pd_kv_layout"] = transfers.pd_kv_layout
+        updater = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        table |= {f"{updater}.{method}": transfers.update_weights for method in transfers.WEIGHT_UPDATES}
     return table
 
 

@@ -57,3 +57,23 @@ def storage_config(original, self, *args, **kwargs):
     name = storage_name(rows, self.mem_pool_host.layout, model.model_path, model.json_model_override_args)
     logger.info("saw_int4: storage keys of this server end in %s", name)
     return dataclasses.replace(config, model_name=f"{config.model_name}-{name}" if config.model_name else name)
+
+
+def update_weights(original, self, recv_req):
+    """AROUND what gives a running server other weights: rows of them would be stored under the old model's name."""
+    stored = getattr(self.scheduler.tree_cache, "enable_storage", False)
+    if self.scheduler.server_args.kv_cache_dtype != KV_CACHE_DTYPE or not stored:
+        return original(self, recv_req)
+    from sglang.srt.managers import io_struct
+
+    answer = getattr(io_struct, WEIGHT_UPDATES[original.__name__])
+    problem = "--kv-cache-dtype int4: storage keys name the model that this server started with. Way out: restart it, "
+    return answer(success=False, message=f"{problem}or detach the storage backend first.")
+
+
+# Methods of SGLang's ``SchedulerWeightUpdaterManager`` that begin an update, and the answers they give.
+WEIGHT_UPDATES = {
+    "update_weights_from_disk": "UpdateWeightFromDiskReqOutput",
+    "update_weights_from_ipc": "UpdateWeightsFromIPCReqOutput",
+    "begin_weight_update": "BeginWeightUpdateReqOutput",
+}

@@ -39,6 +39,7 @@ def _parallel(value) -> bool:
 
 
 _OTHER_POOL = "it replaces the KV pool by one that knows nothing of INT4 rows"
+_OTHER_KERNELS = "its kernels read and write KV themselves, and know nothing of INT4 rows"
 
 REFUSALS = [
     Refusal(
@@ -66,6 +67,7 @@ REFUSALS = [
         "it was not tested over INT4 rows",
         f"use {NGRAM} or {', '.join(WITH_DRAFT_MODEL)}",
     ),
+    Refusal("decoupled_spec_role", lambda v: v not in (None, "null"), "it was not tested over INT4 rows", "drop it"),
     Refusal("enable_multi_layer_eagle", _on, "its several draft caches were not tested", "drop it"),
     Refusal("speculative_adaptive", _on, "it replaces the attention backend while serving", "drop it"),
     Refusal(
@@ -84,6 +86,8 @@ REFUSALS = [
     Refusal("enable_page_major_kv_layout", _on, _OTHER_POOL, "drop it"),
     Refusal("enable_hisparse", _on, _OTHER_POOL, "drop it"),
     Refusal("enable_kv_cache_sharding", _on, _OTHER_POOL, "drop it"),
+    Refusal("enable_nvidia_megakernel", _on, _OTHER_KERNELS, "drop it"),
+    Refusal("enable_amd_monokernel", _on, _OTHER_KERNELS, "drop it"),
     Refusal("prefill_only_disable_kv_cache", _on, "without a KV cache there is nothing to quantize", "drop either"),
     Refusal("is_embedding", _on, "an embedding server keeps no KV cache worth quantizing", "drop int4"),
     Refusal("dcp_size", _parallel, "decode context parallelism stores masked KV", "set it to 1"),
@@ -174,23 +178,24 @@ def check_host_tier(options: Options, model, view) -> None:
     backup = view.disaggregation_mode == "decode" and view.disaggregation_decode_retraction_backup != "cpu_tensor"
     if not (view.enable_hierarchical_cache or backup):
         return
-    heads = model.get_num_kv_heads(view.tp_size // (view.dp_size if view.enable_dp_attention else 1))
-    token = heads * options.kv_format(model.head_dim).row_bytes
+    ranks = view.tp_size // (view.dp_size if view.enable_dp_attention else 1)
+    tokens = [model.get_num_kv_heads(ranks) * options.kv_format(model.head_dim).row_bytes]
+    if model.is_hybrid_swa:
+        tokens.append(model.get_swa_num_kv_heads(ranks) * options.kv_format(model.swa_head_dim).row_bytes)
     direct = view.hicache_io_backend == "direct" or view.hicache_mem_layout == "page_first_direct"
     if sglang_version() == "0.5.21":
         problem, way_out = "SGLang 0.5.21 does not ask the KV pool how long its rows are", "use SGLang 0.5.23"
-    elif _window_pool(model, view):
-        problem, way_out = "a sliding-window pool was not tested with it", "add --disable-hybrid-swa-memory"
-    elif view.speculative_algorithm:
-        problem, way_out = "speculative decoding was not tested with it", "drop --speculative-algorithm"
+    elif view.speculative_algorithm not in (None, NGRAM):
+        problem, way_out = "a draft model's cache was not tested with it", f"use {NGRAM}"
     elif view.device == "cpu" and not direct:
         problem = f"--hicache-io-backend {view.hicache_io_backend} is a CUDA kernel, this is plain CPU"
         way_out = "add --hicache-io-backend direct"
     elif view.device == "cuda" and view.hicache_mem_layout == "page_first_direct":
         problem = "copies for --hicache-mem-layout page_first_direct failed on the one GPU they were tried on"
         way_out = "add --hicache-mem-layout layer_first, or page_first with --hicache-io-backend kernel"
-    elif not direct and token % 8:
-        problem = f"K of a token is {token} bytes on a rank, SGLang's transfer kernel takes multiples of 8"
+    elif not direct and any(token % 8 for token in tokens):
+        sizes = " and ".join(map(str, tokens))
+        problem = f"K of a token is {sizes} bytes on a rank, SGLang's transfer kernel takes multiples of 8"
         way_out = "add --hicache-io-backend direct --hicache-mem-layout layer_first"
     elif view.hicache_storage_backend is not None and (problem := _nameless(view.model_path)):
         way_out = "drop --hicache-storage-backend"
@@ -210,10 +215,6 @@ def _nameless(model_path: str) -> str | None:
     return None
 
 
-def _window_pool(model, view) -> bool:
-    return bool(model.is_hybrid_swa) and not view.disable_hybrid_swa_memory
-
-
 def check_disaggregation(model, view) -> None:
     """ValueError for prefill and decode on two servers in ways that were not shown to work."""
     if view.disaggregation_mode in (None, "null"):
@@ -223,7 +224,7 @@ def check_disaggregation(model, view) -> None:
     elif view.disaggregation_transfer_backend not in ("mooncake", "mooncake_tcp"):
         problem = f"--disaggregation-transfer-backend {view.disaggregation_transfer_backend} was not tested"
         way_out = "use mooncake, or mooncake_tcp"
-    elif _window_pool(model, view):
+    elif model.is_hybrid_swa and not view.disable_hybrid_swa_memory:
         problem, way_out = "a sliding-window pool was not tested with it", "add --disable-hybrid-swa-memory"
     elif view.speculative_algorithm:
         problem, way_out = "speculative decoding was not tested with it", "drop --speculative-algorithm"
@@ -282,27 +283,43 @@ def check_backends(server_args) -> None:
         )
 
 
-def check_model(server_args, options: Options) -> None:
-    """ValueError for a model whose KV the rows cannot hold."""
-    from sglang.srt.arg_groups.overrides import model_config_of, use_mla_backend
+def check_linear_attention(server_args) -> None:
+    """ValueError for hybrid models. Before SGLang adjusts them, which fails on some platforms."""
+    from sglang.srt.arg_groups.overrides import model_config_of
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
     model = model_config_of(server_args)
-    name = (model.hf_config.architectures or ["this model"])[0]
+    if mambaish_config(model) is not None:
+        raise ValueError(
+            f"--kv-cache-dtype int4: {_architecture(model)} has linear-attention or state-space layers, whose backend "
+            "wraps that of the others and was not tested over INT4 rows. Way out: use another --kv-cache-dtype."
+        )
+
+
+def _architecture(model) -> str:
+    return (model.hf_config.architectures or ["this model"])[0]
+
+
+def check_model(server_args, options: Options) -> None:
+    """ValueError for a model whose KV the rows cannot hold."""
+    from sglang.srt.arg_groups.overrides import model_config_of, use_mla_backend
+
+    model = model_config_of(server_args)
+    name = _architecture(model)
     if use_mla_backend(server_args):
         raise ValueError(
             f"--kv-cache-dtype int4: {name} uses multi-head latent attention (MLA): it caches one compressed vector "
             "per token, not keys and values per head. Way out: use --kv-cache-dtype fp8_e4m3 or auto."
         )
-    if mambaish_config(model) is not None:
-        raise ValueError(
-            f"--kv-cache-dtype int4: {name} has linear-attention or state-space layers, whose backend wraps that of "
-            "the others and was not tested over INT4 rows. Way out: use another --kv-cache-dtype."
-        )
     if model.is_encoder_decoder:
         raise ValueError(
             f"--kv-cache-dtype int4: {name} has cross attention, which the INT4 backend does not serve. "
             "Way out: use another --kv-cache-dtype."
+        )
+    if name == "Gemma3ForConditionalGeneration" and server_args.enable_multimodal:
+        raise ValueError(
+            f"--kv-cache-dtype int4: the image tokens of {name} attend to each other both ways, the INT4 backend looks "
+            "back only. Way out: drop --enable-multimodal, or use another --kv-cache-dtype."
         )
     if model.head_dim != model.v_head_dim:
         raise ValueError(

@@ -67,8 +67,12 @@ def _choose_backend(server_args, previous) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution
 
     fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    if is_int4(server_args) and all(getattr(server_args, field) is None for field in fields):
-        declare_resolution(server_args, "saw_int4", attention_backend=ATTENTION_BACKEND)
+    if is_int4(server_args):
+        from saw_int4.sglang_plugin import refusals
+
+        refusals.check_linear_attention(server_args)
+        if all(getattr(server_args, field) is None for field in fields):
+            declare_resolution(server_args, "saw_int4", attention_backend=ATTENTION_BACKEND)
     previous(server_args)
 
 

@@ -115,3 +115,14 @@ class Server:
 def output_logprobs(answer: dict) -> list[tuple[float, int]]:
     """(log probability, token) of each generated token."""
     return [(entry[0], entry[1]) for entry in answer["meta_info"]["output_token_logprobs"]]
+
+
+def tier_and_answer(server: Server, prompt: list[int], page: int, max_new_tokens: int) -> tuple[str, list]:
+    """The tier of HiCache that held all of the prompt's whole pages but the last, and what was answered.
+
+    The server has --enable-cache-report.
+    """
+    answer = server.generate(prompt, max_new_tokens, return_logprob=True)
+    found = answer["meta_info"]["cached_tokens_details"] or {}
+    pages = (len(prompt) - 1) // page * page
+    return "".join(tier for tier in ("device", "host", "storage") if found.get(tier) == pages), output_logprobs(answer)

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from checkpoints import gemma2, gemma3, granite_swa, qwen2
+from checkpoints import gemma2, gemma3, granite_swa, qwen2, save
 from conftest import CALIBRATED
 from server import Server
 
@@ -75,16 +75,15 @@ def test_family(model, tmp_path, logs, make, cripple, pools, page, chunk):
     server = Server(checkpoint, logs / f"{make.__name__}.log", *args, command=command, **CALIBRATED, HOME=str(tmp_path))
     try:
         server.ready()
-        answer = server.generate(PROMPT, 24, return_logprob=True, logprob_start_len=0)
+        got, ids = scores(server)
         cache = server.state()["kv_cache_format"]
+        if make is qwen2:
+            other_weights(server, model, checkpoint, tmp_path / "other")
     finally:
         server.stop()
     assert cache["allocated_bytes"] > 0
     assert ("calibration none" in cache["format"]) == (make is gemma2)  # calibration does not know capped logits
     assert (server.text().count("SWAKVPool mem usage") > 0) == (pools == 2)
-    meta = answer["meta_info"]
-    got = [entry[0] for entry in meta["input_token_logprobs"][1:] + meta["output_token_logprobs"]]
-    ids = PROMPT + [entry[1] for entry in meta["output_token_logprobs"]]
     distance = gap(got, logprobs(load(checkpoint), ids))
     for change in cripple:
         twin = load(checkpoint)
@@ -92,3 +91,22 @@ def test_family(model, tmp_path, logs, make, cripple, pools, page, chunk):
         control = gap(got, logprobs(twin, ids))
         print(f"{make.__name__}: {distance:.3f} from the model, {control:.3f} {change.__name__}")
         assert distance < control / 2, (change.__name__, distance, control)
+
+
+def scores(server) -> tuple[list[float], list[int]]:
+    """A prompt and its answer: log probabilities, from the second token on, and the tokens."""
+    meta = server.generate(PROMPT, 24, return_logprob=True, logprob_start_len=0)["meta_info"]
+    entries = meta["input_token_logprobs"][1:] + meta["output_token_logprobs"]
+    return [entry[0] for entry in entries], PROMPT + [entry[1] for entry in meta["output_token_logprobs"]]
+
+
+def other_weights(server, model, checkpoint, folder) -> None:
+    """Given to the running server: the transform was fitted to the old ones, and stays exact."""
+    twin = load(checkpoint)
+    no_key_bias(twin)
+    save(twin, model, folder)
+    assert server.call("/update_weights_from_disk", {"model_path": str(folder)})["success"]
+    got, ids = scores(server)
+    distances = [gap(got, logprobs(load(path), ids)) for path in (folder, checkpoint)]
+    print(f"other weights: {distances[0]:.3f} from them, {distances[1]:.3f} from the old ones")
+    assert distances[0] < distances[1] / 2

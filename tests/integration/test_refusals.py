@@ -135,6 +135,8 @@ def test_layers_that_cannot_stay_in_bf16(model, monkeypatch, arguments, said):
 
 
 OLD = "0.5.21"
+STANDALONE = {"speculative_algorithm": "STANDALONE", "speculative_num_steps": 2, "speculative_eagle_topk": 1,
+              "speculative_num_draft_tokens": 3}  # fmt: skip
 HICACHE = {"enable_hierarchical_cache": True, "hicache_io_backend": "direct"}
 PREFILL = {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "mooncake_tcp"}
 DECODE = {**PREFILL, "disaggregation_mode": "decode", "hicache_io_backend": "direct"}
@@ -154,7 +156,7 @@ def test_rows_that_leave_the_pool(model, arguments):
     ("arguments", "said"),
     [
         ({"enable_hierarchical_cache": True}, "kernel is a CUDA kernel, this is plain CPU"),
-        ({**HICACHE, "speculative_algorithm": "NGRAM"}, "speculative decoding was not tested"),
+        ({**HICACHE, **STANDALONE}, "a draft model's cache was not tested"),
         ({**DECODE, "hicache_io_backend": "kernel"}, "add --hicache-io-backend direct"),
         ({**PREFILL, "disaggregation_transfer_backend": "nixl"}, "use mooncake"),
         ({**PREFILL, "speculative_algorithm": "NGRAM"}, "speculative decoding was not tested"),
@@ -163,7 +165,7 @@ def test_rows_that_leave_the_pool(model, arguments):
 )
 def test_rows_that_cannot_leave_the_pool(model, arguments, said):
     with pytest.raises(ValueError, match=said):
-        start(model, **arguments)
+        start(model, **{**arguments, "speculative_draft_model_path": str(model)})
 
 
 @pytest.mark.skipif(sglang_version() == OLD, reason="all of it is refused")
@@ -180,8 +182,7 @@ def test_kernels_that_cannot_copy_a_token(model):
 
     def on_gpu(**changes):
         names = ("tp_size", "dp_size", "enable_dp_attention", "disaggregation_mode", "enable_hierarchical_cache",
-                 "hicache_mem_layout", "hicache_storage_backend", "speculative_algorithm",
-                 "disable_hybrid_swa_memory")  # fmt: skip
+                 "hicache_mem_layout", "hicache_storage_backend", "speculative_algorithm")  # fmt: skip
         kept = {name: getattr(view, name) for name in names}
         return SimpleNamespace(**{**kept, "device": "cuda", "hicache_io_backend": "kernel", **changes})
 
@@ -192,10 +193,11 @@ def test_kernels_that_cannot_copy_a_token(model):
     check_host_tier(UNCALIBRATED, shape, on_gpu(**direct, hicache_mem_layout="layer_first"))
     with pytest.raises(ValueError, match="copies for --hicache-mem-layout page_first_direct"):
         check_host_tier(UNCALIBRATED, shape, on_gpu(**direct, hicache_mem_layout="page_first_direct"))
-    even = SimpleNamespace(get_num_kv_heads=lambda tp: 2, head_dim=64, is_hybrid_swa=False)
-    check_host_tier(UNCALIBRATED, even, kernel)
-    with pytest.raises(ValueError, match="sliding-window pool was not tested"):
-        check_host_tier(UNCALIBRATED, SimpleNamespace(**{**vars(even), "is_hybrid_swa": True}), kernel)
+    even = dict(get_num_kv_heads=lambda tp: 2, head_dim=64, is_hybrid_swa=False)
+    check_host_tier(UNCALIBRATED, SimpleNamespace(**even), kernel)
+    windows = {**even, "get_swa_num_kv_heads": lambda tp: 3, "swa_head_dim": 64, "is_hybrid_swa": True}
+    with pytest.raises(ValueError, match="K of a token is 72 and 108 bytes"):
+        check_host_tier(UNCALIBRATED, SimpleNamespace(**windows), kernel)
 
 
 @pytest.mark.skipif(sglang_version() == OLD, reason="all of it is refused")
@@ -215,7 +217,8 @@ def test_every_refused_field_exists():
 
     fields = {field.name for field in msgspec.structs.fields(ServerArgs)}
     unknown = {refusal.field for refusal in REFUSALS} - fields
-    assert unknown == ({"enable_kv_cache_sharding"} if sglang_version() == "0.5.21" else set())
+    later = {"enable_kv_cache_sharding", "enable_nvidia_megakernel", "enable_amd_monokernel"}
+    assert unknown == (later if sglang_version() == "0.5.21" else set())
 
 
 def test_prefill_graph():
@@ -264,6 +267,19 @@ def test_mla(model, tmp_path):
         start(tmp_path / "mla", skip_tokenizer_init=True)
 
 
+def test_images_that_attend_both_ways(tmp_path):
+    """SGLang serves Gemma 3 without images unless it is asked for them."""
+    from transformers import Gemma3Config, Gemma3TextConfig
+
+    text = Gemma3TextConfig(num_hidden_layers=2, vocab_size=512, hidden_size=64, head_dim=64)
+    Gemma3Config(text_config=text, architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(
+        tmp_path / "images"
+    )
+    start(tmp_path / "images", skip_tokenizer_init=True)
+    with pytest.raises(ValueError, match="drop --enable-multimodal"):
+        start(tmp_path / "images", skip_tokenizer_init=True, enable_multimodal=True)
+
+
 def test_linear_attention(tmp_path):
     from transformers import Qwen3NextConfig
 
@@ -271,7 +287,7 @@ def test_linear_attention(tmp_path):
     config.architectures = ["Qwen3NextForCausalLM"]
     config.save_pretrained(tmp_path / "linear")
     with pytest.raises(ValueError, match="Qwen3NextForCausalLM has linear-attention"):
-        start(tmp_path / "linear", skip_tokenizer_init=True, disable_radix_cache=True)
+        start(tmp_path / "linear", skip_tokenizer_init=True)
 
 
 def test_device_without_kernels(model, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from checkpoints import eagle_head, granite_swa, qwen3
 from conftest import CALIBRATED
-from server import Server
+from server import Server, tier_and_answer
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.eagle_utils import TreeMaskMode
 from test_attention import H_KV, H_Q, PAGE, SLOTS, WINDOW, D, make_backend, make_layer, over_two_parts
@@ -366,39 +367,68 @@ def test_acceptance_is_that_of_the_two_caches(drafting_server, bf16_server, text
     assert 3 * length / passes > 3
 
 
-@pytest.mark.skipif(sglang_version() == "0.5.21", reason="has no worker for platforms outside SGLang")
-@pytest.mark.parametrize("drafts", ["ngram", "eagle"])
-def test_the_whole_pool(model, tmp_path, logs, drafts):
-    """A draft model's cache is counted; drafts go on to the end of the context, and no slot is lost.
+TINY = ["--kv-cache-dtype", "int4", "--context-length", "256"]
 
-    Ngrams in pages of 16 tokens, where SGLang allows chains only, over a model with windows and sinks, which have a
-    pool of their own; EAGLE as trees. Tiny models soon repeat themselves, which is what this EAGLE head drafts.
-    """
-    args = ["--kv-cache-dtype", "int4", "--context-length", "256"]
-    if drafts == "ngram":
-        target = granite_swa(model, tmp_path / "model")
-        args += [*NGRAM, "--page-size", "16", "--speculative-ngram-max-bfs-breadth", "1", "--max-total-tokens", "512"]
-        token_bytes = 4 * 2 * 2 * row_bytes(64)
-    else:
-        target = qwen3(model, tmp_path / "model")
-        args += draft_model("EAGLE", eagle_head(model, tmp_path / "head"), 4)
-        token_bytes = 3 * 2 * 2 * row_bytes(128) + 2 * 2 * 32 * 2  # its one layer has two heads of 32 in BF16
-    server = Server(target, logs / f"{drafts}-tiny.log", *args, SAW_TEST_CACHE_BYTES=str(512 * token_bytes))
+
+def read_again(server, ids: list[int], room: int) -> float:
+    """An answer's tokens for each pass. Its log probabilities are those that the server gives it as a prompt, and
+    nothing is left of it in the pool."""
+    free = server.state()["test_free_tokens"]
+    meta = server.generate(ids, room, return_logprob=True)["meta_info"]
+    answer = meta["output_token_logprobs"]
+    assert len(answer) == room
+    server.flush()
+    assert server.state()["test_free_tokens"] == free
+    again = server.prompt_logprobs(ids + [token for _, token, _ in answer[:150]])[-150:]  # room for drafts after it
+    gap = sum(abs(said[0] - read) for said, read in zip(answer, again)) / 150
+    print(f"{meta['spec_accept_length']:.2f} tokens a pass, log probabilities {gap:.3f} apart when read again")
+    assert gap < 0.2  # BF16 rounds otherwise with other numbers of rows, and codes amplify that
+    return meta["spec_accept_length"]
+
+
+@pytest.mark.skipif(sglang_version() == "0.5.21", reason="has no worker for platforms outside SGLang")
+def test_eagle_to_the_end(model, tmp_path, logs):
+    """A draft model's cache is counted; drafts go on to the end of the context, as trees. The tiny model soon repeats
+    itself, which is what this EAGLE head drafts."""
+    args = draft_model("EAGLE", eagle_head(model, tmp_path / "head"), 4)
+    token_bytes = 3 * 2 * 2 * row_bytes(128) + 2 * 2 * 32 * 2  # the draft's layer has two heads of 32 in BF16
+    free = {"SAW_TEST_CACHE_BYTES": str(512 * token_bytes)}
+    server = Server(qwen3(model, tmp_path / "model"), logs / "eagle-tiny.log", *TINY, *args, **free)
     try:
         server.ready()
-        assert server.info()["max_total_num_tokens"] == 512
-        free = server.state()["test_free_tokens"]
+        assert server.info()["max_total_num_tokens"] == server.state()["test_free_tokens"] == 512
         ids = list(range(100, 120)) * 3
-        room = 190 if drafts == "ngram" else 256 - len(ids) - STEPS * 4  # SGLang keeps as much for EAGLE's drafts
-        meta = server.generate(ids, room, return_logprob=True)["meta_info"]
-        answer = meta["output_token_logprobs"]
-        assert len(answer) == room
+        assert read_again(server, ids, 256 - len(ids) - STEPS * 4) > 1.5  # SGLang keeps as much for EAGLE's drafts
+    finally:
+        server.stop()
+
+
+@pytest.mark.skipif(sglang_version() == "0.5.21", reason="has no worker for platforms outside SGLang")
+def test_windows_and_tiers(model, tmp_path, logs):
+    """Ngrams as chains in pages of 16 tokens, for a model with sinks and with windows in a pool of their own, whose
+    rows go to host memory and files."""
+    tiers = "--enable-hierarchical-cache --hicache-ratio 4 --hicache-io-backend direct --hicache-storage-backend file"
+    tiers += " --hicache-storage-prefetch-policy wait_complete --enable-cache-report --max-total-tokens 512"
+    tiers += " --page-size 16 --chunked-prefill-size 64"  # a prompt of 200 is cut where its hit will end
+    early = ["--hicache-storage-backend-extra-config", '{"prefetch_threshold": 16}']
+    variables = {"SAW_TEST_CACHE_BYTES": str(512 * 4 * 2 * 2 * row_bytes(64))}
+    variables |= {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(tmp_path)}
+    args = [*TINY, *NGRAM, "--speculative-ngram-max-bfs-breadth", "1", *tiers.split(), *early]
+    server = Server(granite_swa(model, tmp_path / "model"), logs / "ngram-tiny.log", *args, **variables)
+    try:
+        server.ready()
+        assert "SWAKVPool mem usage" in server.text()
+        assert read_again(server, list(range(100, 120)) * 3, 190) > 1.5
+        prompt = list(range(1000, 1200))
+        _, cold = tier_and_answer(server, prompt, 16, 1)
+        assert tier_and_answer(server, prompt, 16, 1) == ("device", cold)
+        for start in (2000, 3000, 4000):  # other prompts fill the pool
+            server.generate(list(range(start, start + 200)))
+        assert tier_and_answer(server, prompt, 16, 1) == ("host", cold)
         server.flush()
-        assert server.state()["test_free_tokens"] == free
-        again = server.prompt_logprobs(ids + [token for _, token, _ in answer[:150]])[-150:]  # room for drafts after it
-        gap = sum(abs(said[0] - read) for said, read in zip(answer, again)) / 150
-        print(f"{meta['spec_accept_length']:.2f} tokens a pass, log probabilities {gap:.3f} apart when read again")
-        assert gap < 0.2  # BF16 rounds otherwise with other numbers of rows, and codes amplify that
-        assert meta["spec_accept_length"] > 1.5
+        assert tier_and_answer(server, prompt, 16, 1) == ("storage", cold)
+        with pytest.raises(urllib.error.HTTPError) as refused:  # its rows would be stored under the old model's name
+            server.call("/update_weights_from_disk", {"model_path": str(tmp_path / "model")})
+        assert b"storage keys name the model" in refused.value.read()
     finally:
         server.stop()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import qwen3_moe
-from server import HERE, Server, environment, output_logprobs
+from server import HERE, Server, environment, tier_and_answer
 
 from saw_int4 import env
 from saw_int4.calibration.calibrate import path_of
@@ -85,25 +85,17 @@ def test_four_ranks(tiny, logs, expected):
         assert mean_gap(server.prompt_logprobs(IDS), expected) < LIMIT
 
         prompt = list(range(1000, 1400))
-        _, cold = found_and_answer(server, prompt)
-        assert found_and_answer(server, prompt) == ("device", cold)
+        _, cold = tier_and_answer(server, prompt, 16, 8)
+        assert tier_and_answer(server, prompt, 16, 8) == ("device", cold)
         for start in (2000, 3000, 4000):  # other prompts fill the pool
             server.generate(list(range(start, start + 400)))
-        assert found_and_answer(server, prompt) == ("host", cold)
+        assert tier_and_answer(server, prompt, 16, 8) == ("host", cold)
         server.flush()
-        assert found_and_answer(server, prompt) == ("storage", cold)
+        assert tier_and_answer(server, prompt, 16, 8) == ("storage", cold)
         ranks = {file.stem.split("_", 1)[1] for file in store.glob("*.bin")}
         assert {name[-7:] for name in ranks} == {f"{tp}_2_2_{pp}" for tp in range(2) for pp in range(2)}
     finally:
         server.stop()
-
-
-def found_and_answer(server, prompt: list[int]) -> tuple[str, list]:
-    """The tier that held all of the prompt's whole pages, and what was answered."""
-    answer = server.generate(prompt, 8, return_logprob=True)
-    found = answer["meta_info"]["cached_tokens_details"] or {}
-    tiers = [tier for tier in ("device", "host", "storage") if found.get(tier) == len(prompt) - 16]
-    return "".join(tiers), output_logprobs(answer)
 
 
 @pytest.mark.both_versions

@@ -39,6 +39,7 @@ def _parallel(value) -> bool:
 
 
 _OTHER_POOL = "it replaces the KV pool by one that knows nothing of INT4 rows"
+_PADDED = "the batches that data-parallel attention pads were not tested"
 _OTHER_KERNELS = "its kernels read and write KV themselves, and know nothing of INT4 rows"
 
 REFUSALS = [
@@ -92,6 +93,8 @@ REFUSALS = [
     Refusal("is_embedding", _on, "an embedding server keeps no KV cache worth quantizing", "drop int4"),
     Refusal("dcp_size", _parallel, "decode context parallelism stores masked KV", "set it to 1"),
     Refusal("attn_cp_size", _parallel, "context parallelism splits KV across ranks", "set it to 1"),
+    Refusal("attn_dp_size", _parallel, _PADDED, "set it to 1"),
+    Refusal("enable_dp_attention", _on, _PADDED, "drop it"),
     Refusal("enable_pdmux", _on, "its second attention backend was not tested", "drop it"),
     Refusal("enable_two_batch_overlap", _on, "its split batches were not tested", "drop it"),
     Refusal("dllm_algorithm", _on, "diffusion decoding rewrites KV of a block", "drop it"),
@@ -178,10 +181,9 @@ def check_host_tier(options: Options, model, view) -> None:
     backup = view.disaggregation_mode == "decode" and view.disaggregation_decode_retraction_backup != "cpu_tensor"
     if not (view.enable_hierarchical_cache or backup):
         return
-    ranks = view.tp_size // (view.dp_size if view.enable_dp_attention else 1)
-    tokens = [model.get_num_kv_heads(ranks) * options.kv_format(model.head_dim).row_bytes]
+    tokens = [model.get_num_kv_heads(view.tp_size) * options.kv_format(model.head_dim).row_bytes]
     if model.is_hybrid_swa:
-        tokens.append(model.get_swa_num_kv_heads(ranks) * options.kv_format(model.swa_head_dim).row_bytes)
+        tokens.append(model.get_swa_num_kv_heads(view.tp_size) * options.kv_format(model.swa_head_dim).row_bytes)
     direct = view.hicache_io_backend == "direct" or view.hicache_mem_layout == "page_first_direct"
     if sglang_version() == "0.5.21":
         problem, way_out = "SGLang 0.5.21 does not ask the KV pool how long its rows are", "use SGLang 0.5.23"

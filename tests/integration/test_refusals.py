@@ -77,6 +77,7 @@ def test_other_caches_are_left_alone(model):
         ({"prefill_attention_backend": "torch_native"}, "prefill=torch_native"),
         ({"is_embedding": True}, "is-embedding"),
         ({"enable_two_batch_overlap": True}, "two-batch-overlap"),
+        ({"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}, "data-parallel attention"),
         ({"enable_torch_compile": True}, "torch-compile"),
         ({"kv_canary": "log"}, "kv-canary"),
         ({"speculative_algorithm": "DFLASH"}, "was not tested over INT4 rows"),
@@ -181,7 +182,7 @@ def test_kernels_that_cannot_copy_a_token(model):
     view, shape = resolved_view(args), model_config_of(args)
 
     def on_gpu(**changes):
-        names = ("tp_size", "dp_size", "enable_dp_attention", "disaggregation_mode", "enable_hierarchical_cache",
+        names = ("tp_size", "disaggregation_mode", "enable_hierarchical_cache",
                  "hicache_mem_layout", "hicache_storage_backend", "speculative_algorithm")  # fmt: skip
         kept = {name: getattr(view, name) for name in names}
         return SimpleNamespace(**{**kept, "device": "cuda", "hicache_io_backend": "kernel", **changes})
@@ -217,7 +218,7 @@ def test_every_refused_field_exists():
 
     fields = {field.name for field in msgspec.structs.fields(ServerArgs)}
     unknown = {refusal.field for refusal in REFUSALS} - fields
-    later = {"enable_kv_cache_sharding", "enable_nvidia_megakernel", "enable_amd_monokernel"}
+    later = {"attn_dp_size", "enable_kv_cache_sharding", "enable_nvidia_megakernel", "enable_amd_monokernel"}
     assert unknown == (later if sglang_version() == "0.5.21" else set())
 
 

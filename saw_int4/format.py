@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CODE_MAX = 15
 CODES_PER_WORD = 8
 MAX_GROUPS = 2

@@ -76,29 +76,41 @@ def groups_of(rows: Tensor) -> int:
     return 2 if rows.shape[-1] % 8 == 0 else 1
 
 
-def fit_to_codes(units: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+def fit_to_codes(fine: Tensor, codes: Tensor, low: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and offset that fit a group of channels best, in the least-squares sense, given its codes.
 
     Args:
-        units: float32 ``[..., n]``, the group in steps of ``scale`` above ``offset``.
-        codes: int64 ``[..., n]``.
-        scale, offset: float16 ``[..., 1]``, the first guess.
+        fine: int64 ``[..., n]``, the group in units above ``low``.
+        codes: int64 ``[..., n]``, not all equal.
+        low, unit: float32 ``[..., 1]``.
 
     Returns:
-        float16 ``[..., 1]`` each; the first guess where all codes are equal.
+        float16 ``[..., 1]`` each.
     """
-    n = units.shape[-1]
-    fixed = torch.round(units.clamp(-1, 16) * 4096).long()
+    n = fine.shape[-1]
     s1, s2 = codes.sum(-1, keepdim=True), (codes * codes).sum(-1, keepdim=True)
-    total, cross = fixed.sum(-1, keepdim=True), (codes * fixed).sum(-1, keepdim=True)
-    spread = n * s2 - s1 * s1
-    a = ((n * cross - s1 * total).float() / spread.float()) / 4096
-    b = (total.float() / 4096 - a * s1.float()) / float(n)
-    fitted = spread != 0
-    return (
-        torch.where(fitted, (scale.float() * a).half(), scale),
-        torch.where(fitted, (offset.float() + scale.float() * b).half(), offset),
-    )
+    total, cross = fine.sum(-1, keepdim=True), (codes * fine).sum(-1, keepdim=True)
+    a = (n * cross - s1 * total).float() / (n * s2 - s1 * s1).float()
+    b = (total.float() - a * s1.float()) / float(n)
+    return (unit * a).half(), (low + unit * b).half()
+
+
+def best_shift(fine: Tensor) -> Tensor:
+    """Where to lay the grid of 256 units a step over a group: the first of three shifts that rounds it best.
+
+    Args:
+        fine: int64 ``[..., n]``, in units above the smallest.
+
+    Returns:
+        int64 ``[..., 1]``.
+    """
+    best = torch.zeros_like(fine[..., :1])
+    least = torch.full_like(best, 2**62)
+    for shift in (0, 64, 128):
+        error = ((fine + shift) % 256 - 128).square().sum(-1, keepdim=True)
+        best = torch.where(error < least, shift, best)
+        least = torch.minimum(error, least)
+    return best
 
 
 def quantize_rows(t: Tensor, groups: int = 1) -> Tensor:
@@ -114,19 +126,23 @@ def quantize_rows(t: Tensor, groups: int = 1) -> Tensor:
     channels = group_channels(head_dim, groups)
     x = t[..., channels]  # [..., groups, n]
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    scale = ((high - low) / 15.0).half()
-    offset = low.half()
+    unit = (high - low) / 3967.0
+    scale, offset = (unit * 256.0).half(), low.half()
 
     def anywhere(bad: Tensor) -> Tensor:
         """[..., 1, 1]: damage of one group is damage of the row."""
         return bad.any(-2, keepdim=True)
 
-    damaged = anywhere(~(x.isfinite().all(-1, keepdim=True) & scale.isfinite() & offset.isfinite()))
-    constant = scale == 0
-    units = (x - offset.float()) * (1.0 / scale.float())
-    units = torch.where(damaged | constant, torch.zeros_like(units), units)
-    codes = torch.round(units).clamp(0, 15).long()
-    scale, offset = fit_to_codes(units, codes, scale, offset)
+    damaged = anywhere(~(x.isfinite().all(-1, keepdim=True) & unit.isfinite()))
+    idle = damaged | (scale == 0)  # nothing to round: damaged, or a constant group
+    per_unit = torch.tensor(3967.0) / (high - low)  # with a number on the left torch multiplies by the reciprocal
+    # A product of two floats is exact in float64: it is rounded once.
+    fine = torch.round((x - low).double() * per_unit.double())
+    fine = torch.where(idle, torch.zeros_like(fine), fine).long()
+    codes = (fine + best_shift(fine)) // 256
+    codes = torch.where(idle, torch.zeros_like(codes), codes)
+    fitted_scale, fitted_offset = fit_to_codes(fine, codes, low, unit)
+    scale, offset = torch.where(idle, scale, fitted_scale), torch.where(idle, offset, fitted_offset)
     offset = torch.where(offset == 0, torch.zeros_like(offset), offset)
     damaged |= anywhere(~(scale.isfinite() & offset.isfinite()))
     codes = torch.where(damaged, torch.zeros_like(codes), codes).to(torch.uint8)

@@ -74,7 +74,9 @@ def test_rounding_ties_and_ends_of_the_range(engine):
     steps = torch.arange(head_dim).float()
     rows = torch.stack([
         steps % 16,
-        (steps % 31) / 2,  # ties: halves between 0 and 15
+        (steps % 31) / 2,
+        (steps % 32) * (3967 / 31 / 256),  # units that fall on and beside the ends of a step
+        torch.where(steps == 63, 3967.0, (steps % 8) * 64 + 0.5),  # a unit is 1: ties, and shifts that cost alike
         (steps % 16) * 2**-24,  # the smallest scale that fp16 holds
         (steps % 16) * 2**-26,  # rounds to a scale of zero
         65504 - steps % 16,
@@ -89,9 +91,7 @@ def test_rounding_ties_and_ends_of_the_range(engine):
 
 @pytest.mark.parametrize("low", [1000.24, 1000.26, 1000.02, 999.98, -1000.24, -1000.26])
 def test_rows_far_from_zero(engine, low):
-    """fp16 rounds the offset by a step of the codes or several, down or up: codes and fit are clamped at that end. Rows
-    are alike, as kernels may look at several to decide whether any needs it.
-    """
+    """fp16 rounds the offset by a step of the codes or several, down or up."""
     row = low + torch.linspace(0, 1, 64).expand(3, 2, 64)
     check(engine, row, row, torch.arange(3), 3, rotation_order=1)
 

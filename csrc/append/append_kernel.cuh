@@ -30,19 +30,13 @@ inline constexpr int kAppendRows = kAppendThreads / kAppendLanes<D>;  // (token,
 template <int D>
 using AppendRow = SpreadRow<D, kAppendLanes<D>>;
 
-// Adding 1.5 * 2^23 rounds a small float to an integer, half to even, and leaves it in the low bits. Sums of such bits
-// are taken modulo 2^32 and the constant removed once: no conversion, no mask.
+// Adding 1.5 * 2^23 rounds a small float to an integer, half to even, and leaves it in the low bits.
 inline constexpr float kRounder = 12582912.f;
-inline constexpr uint32_t kRounderBits = 0x4b400000u;
 
-// Sums over a row of format.h's fit: of the codes, their squares, f, and code * f.
-struct FitSums {
-  uint32_t s1 = 0, s2 = 0, total = 0, cross = 0;
-};
-
-// A group of channels whose codes are chosen and whose parameters are not: what they are fitted from.
+// A group of channels whose codes are chosen and whose parameters are not: what they are fitted from. Sums are of
+// format.h's fit: of the codes, their squares, f, and code * f.
 struct OpenGroup {
-  float scale = 0.f, offset = 0.f;
+  float low = 0.f, unit = 0.f;
   uint32_t squares_and_codes = 0, total = 0, cross = 0;
 };
 template <int kGroups>
@@ -54,20 +48,18 @@ struct OpenRow {
 // The parameters of a group of n channels, scale in the low half; `finite` becomes false where they are not.
 template <int n>
 SAW_INT4_DEVICE uint32_t fit(const OpenGroup& open, bool& finite) {
-  float scale = open.scale, offset = open.offset;
+  float scale = dev::mul_rn(open.unit, float(kUnitsPerStep)), offset = open.low;
   const int64_t s1 = open.squares_and_codes & 0xffffu, s2 = open.squares_and_codes >> 16;
-  const int64_t total = static_cast<int32_t>(open.total), cross = static_cast<int32_t>(open.cross);
+  const int64_t total = open.total, cross = open.cross;
   const int64_t spread = n * s2 - s1 * s1;
-  finite = finite && dev::is_finite(scale) && dev::is_finite(offset);
-  if (finite && scale != 0.f && spread != 0) {
-    constexpr float kUnit = 1.f / kFitUnits;  // a power of two: dividing and multiplying round alike
-    const float a =
-        dev::mul_rn(dev::div_rn(static_cast<float>(n * cross - s1 * total), static_cast<float>(spread)), kUnit);
-    const float b = dev::div_rn(
-        dev::sub_rn(dev::mul_rn(static_cast<float>(total), kUnit), dev::mul_rn(a, static_cast<float>(s1))), float(n));
-    offset = dev::add_rn(offset, dev::mul_rn(scale, b));
-    scale = dev::mul_rn(scale, a);
+  if (spread != 0) {
+    const float a = dev::div_rn(static_cast<float>(n * cross - s1 * total), static_cast<float>(spread));
+    const float b =
+        dev::div_rn(dev::sub_rn(static_cast<float>(total), dev::mul_rn(a, static_cast<float>(s1))), float(n));
+    scale = dev::mul_rn(open.unit, a);
+    offset = dev::add_rn(open.low, dev::mul_rn(open.unit, b));
   }
+  finite = finite && dev::is_finite(open.unit);
   const uint16_t scale_bits = dev::float_to_f16(scale), offset_bits = dev::float_to_f16(offset);
   finite = finite && dev::is_finite(dev::f16_to_float(scale_bits)) && dev::is_finite(dev::f16_to_float(offset_bits));
   const bool zero_offset = (offset_bits & 0x7fffu) == 0;  // of either sign: stored as +0
@@ -98,68 +90,68 @@ constexpr int channel_at_bit(int bit) {
   return channel;
 }
 
-// The low bytes of x[channel] of the channels whose codes start at bits first, first + 8, first + 16, first + 24.
-SAW_INT4_DEVICE uint32_t low_bytes(const uint32_t (&x)[8], int first) {
-  const auto pair = [&](int bit) { return dev::prmt(x[channel_at_bit(bit)], x[channel_at_bit(bit + 8)], 0x0040); };
-  return dev::prmt(pair(first), pair(first + 16), 0x5410);
-}
-
-// 1 in the bytes of low_bytes(.., first) that belong to channels of the group.
-constexpr uint32_t ones_of_group(int first, int group, int groups) {
-  uint32_t ones = 0;
+// 0xff in those bytes whose channels, of the codes that start at bits first, first + 8, .., first + 24, are the
+// group's.
+constexpr uint32_t bytes_of_group(int first, int group, int groups) {
+  uint32_t bytes = 0;
   for (int byte = 0; byte < 4; ++byte)
-    if (group_of_channel(channel_at_bit(first + 8 * byte), groups) == group) ones |= 1u << 8 * byte;
-  return ones;
+    if (group_of_channel(channel_at_bit(first + 8 * byte), groups) == group) bytes |= 0xffu << 8 * byte;
+  return bytes;
 }
 
-// Where a row's values lie in units of the codes: u = (t - offset) * inverse.
-template <int kGroups>
-struct Units {
-  float offset[kGroups], inverse[kGroups];
+// Eight channels in units above the smallest, f of format.h, 16 bits each: in pair[2 * h + j] the channels whose codes
+// start at bits 4 * h + 16 * j and 4 * h + 16 * j + 8. The nibbles h of a word's bytes are then bytes of two pairs.
+struct FineWord {
+  uint32_t pair[4];
+
+  SAW_INT4_DEVICE void round(const float (&t)[8], const float (&low)[8], const float (&per_unit)[8]) {
+    uint32_t bits[8];
+    SAW_INT4_UNROLL
+    for (int i = 0; i < 8; ++i)
+      bits[i] = dev::float_bits(dev::fma_rn(dev::sub_rn(t[i], low[i]), per_unit[i], kRounder));
+    SAW_INT4_UNROLL
+    for (int p = 0; p < 4; ++p) {
+      const int bit = 4 * (p / 2) + 16 * (p % 2);
+      pair[p] = dev::prmt(bits[channel_at_bit(bit)], bits[channel_at_bit(bit + 8)], 0x5410);
+    }
+  }
+  // Of the channels of nibbles h: their low bytes, parts of a step, or their high ones, whole steps.
+  SAW_INT4_DEVICE uint32_t parts(int h) const { return dev::prmt(pair[2 * h], pair[2 * h + 1], 0x6420); }
+  SAW_INT4_DEVICE uint32_t steps(int h) const { return dev::prmt(pair[2 * h], pair[2 * h + 1], 0x7531); }
 };
+template <int D>
+using FineRow = FineWord[AppendRow<D>::kWords];
 
-// Codes of 8 channels of a row, and their share of the fit. kClamp: some may lie outside 0 .. 15 without it.
-template <bool kClamp, int kGroups>
-SAW_INT4_DEVICE uint32_t quantize_word(const float (&t)[8], const Units<kGroups>& units, FitSums (&sums)[kGroups]) {
-  uint32_t code_bits[8];
-  SAW_INT4_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const int g = group_of_channel(i, kGroups);
-    const float u = dev::mul_rn(dev::sub_rn(t[i], units.offset[g]), units.inverse[g]);
-    const float code = kClamp ? dev::fmin(dev::fmax(u, 0.f), float(kCodeMax)) : u;
-    const float fixed = kClamp ? dev::fmin(dev::fmax(u, -1.f), float(kCodeMax + 1)) : u;
-    code_bits[i] = dev::float_bits(dev::add_rn(code, kRounder));
-    const uint32_t fixed_bits = dev::float_bits(dev::fma_rn(fixed, float(kFitUnits), kRounder));
-    sums[g].total += fixed_bits;
-    sums[g].cross += code_bits[i] * fixed_bits;
-  }
-  const uint32_t low = low_bytes(code_bits, 0), high = low_bytes(code_bits, 4);  // nibbles of the word's bytes
-  SAW_INT4_UNROLL
-  for (int g = 0; g < kGroups; ++g) {
-    const uint32_t low_ones = ones_of_group(0, g, kGroups), high_ones = ones_of_group(4, g, kGroups);
-    sums[g].s1 = dev::dot_u8x4(low, low_ones, dev::dot_u8x4(high, high_ones, sums[g].s1));
-    sums[g].s2 = dev::dot_u8x4(low, low & low_ones * 0xffu, dev::dot_u8x4(high, high & high_ones * 0xffu, sums[g].s2));
-  }
-  return low | high << 4;
-}
+// What the shifts of the grid cost a group: sums of squared rounding errors, by number of the shift.
+struct ShiftErrors {
+  uint32_t sum[kShifts] = {};
 
-// The lane's words of one row, quantized and stored (row: first byte, 4-byte aligned, or null).
-template <int D, bool kClamp, int kGroups>
-SAW_INT4_DEVICE void quantize_words(const typename AppendRow<D>::Values& t, const Units<kGroups>& units, uint8_t* row,
-                                    FitSums (&sums)[kGroups]) {
-  SAW_INT4_UNROLL
-  for (int k = 0; k < AppendRow<D>::kWords; ++k) {
-    const uint32_t word = quantize_word<kClamp>(t[k], units, sums);
-    if (row != nullptr) dev::st_global(reinterpret_cast<uint32_t*>(row) + AppendRow<D>::word(k), word);
+  // parts: low bytes of f of four channels; counted: 0xff in those that count.
+  SAW_INT4_DEVICE void add(uint32_t parts, uint32_t counted) {
+    static_assert(kUnitsPerStep == 256 && kShifts == 3 && grid_shift(1) == 64 && grid_shift(2) == 128);
+    // (part + shift) mod 256 - 128 as a signed byte. With 128 it is the byte itself, with 0 its top bit flips, with 64
+    // the bit below flips, and the top one where that was 0.
+    const uint32_t errors[kShifts] = {parts ^ 0x80808080u, parts ^ (parts << 1 & 0x80808080u) ^ 0xc0c0c0c0u, parts};
+    SAW_INT4_UNROLL
+    for (int i = 0; i < kShifts; ++i) sum[i] = dev::dot_s8x4(errors[i], errors[i] & counted, sum[i]);
   }
-  // Sums of (code + r) and (f + r), r the bits of the rounder, whose square is 0 modulo 2^32.
-  static_assert(kRounderBits * kRounderBits == 0);
-  SAW_INT4_UNROLL
-  for (int g = 0; g < kGroups; ++g) {
-    sums[g].total -= 8 / kGroups * AppendRow<D>::kWords * kRounderBits;
-    sums[g].cross -= kRounderBits * (sums[g].s1 + sums[g].total);
+  // The shift that costs the lanes of a row least; the same in all of them.
+  template <int kLanes>
+  SAW_INT4_DEVICE uint32_t best() {
+    SAW_INT4_UNROLL
+    for (int mask = 1; mask < kLanes; mask *= 2) {
+      SAW_INT4_UNROLL
+      for (int i = 0; i < kShifts; ++i) sum[i] += dev::shfl_xor(sum[i], mask);
+    }
+    uint32_t shift = grid_shift(0), least = sum[0];
+    SAW_INT4_UNROLL
+    for (int i = 1; i < kShifts; ++i) {
+      shift = sum[i] < least ? grid_shift(i) : shift;
+      least = sum[i] < least ? sum[i] : least;
+    }
+    return shift;
   }
-}
+};
 
 // Smallest and largest value of a group of a row's channels.
 struct Range {
@@ -207,42 +199,76 @@ SAW_INT4_DEVICE Range range_of_group(const typename AppendRow<D>::Values& t, int
 }
 
 // Stores the lane's words of one row as codes, and returns what the parameters follow from, the same in all its lanes.
-// The row's values are t * unit, unit a power of two: factors that change no rounding are not spent on every value.
+// The row's values are t * scale, scale a power of two: factors that change no rounding are not spent on every value.
 template <int D, int kGroups>
-SAW_INT4_DEVICE OpenRow<kGroups> quantize_row(const typename AppendRow<D>::Values& t, float unit, uint8_t* row) {
+SAW_INT4_DEVICE OpenRow<kGroups> quantize_row(const typename AppendRow<D>::Values& t, float scale, uint8_t* row) {
+  constexpr int kLanes = kAppendLanes<D>, kWords = AppendRow<D>::kWords;
   OpenRow<kGroups> open;
   open.row = row;
-  const float per_unit = dev::bits_float(0x7f000000u - dev::float_bits(unit));  // 1 / unit
-  Units<kGroups> units;
-  bool inside = true;
+  float low[8], per_unit[8];  // of the channels of a word
   SAW_INT4_UNROLL
   for (int g = 0; g < kGroups; ++g) {
     OpenGroup& group = open.group[g];
-    const Range range = range_of_group<D, kGroups>(t, g);
-    const float low = dev::mul_rn(range.low, unit), high = dev::mul_rn(range.high, unit);
-    group.scale = dev::f16_to_float(dev::float_to_f16(dev::div_rn(dev::sub_rn(high, low), float(kCodeMax))));
-    group.offset = dev::f16_to_float(dev::float_to_f16(low));
-    const float inverse = group.scale == 0.f ? 0.f : dev::div_rn(1.f, group.scale);  // a constant group has codes 0
-    // Rounding is monotonous: where the smallest and the largest value round into 0 .. 15, all do.
-    const float first = dev::mul_rn(dev::sub_rn(low, group.offset), inverse);
-    const float last = dev::mul_rn(dev::sub_rn(high, group.offset), inverse);
-    inside = inside && first >= -0.5f && last < kCodeMax + 0.5f;
-    units.offset[g] = dev::mul_rn(group.offset, per_unit);
-    units.inverse[g] = dev::mul_rn(inverse, unit);
-  }
-  FitSums sums[kGroups];
-  if (dev::any(!inside))
-    quantize_words<D, true>(t, units, row, sums);
-  else
-    quantize_words<D, false>(t, units, row, sums);
-  SAW_INT4_UNROLL
-  for (int g = 0; g < kGroups; ++g) {
-    OpenGroup& group = open.group[g];
-    group.squares_and_codes = sums[g].s2 << 16 | sums[g].s1;  // 15^2 * 256 < 2^16, 15 * 256 < 2^16
-    group.total = sums[g].total;
-    group.cross = sums[g].cross;
+    const Range values = range_of_group<D, kGroups>(t, g);
+    group.low = dev::mul_rn(values.low, scale);
+    const float range = dev::sub_rn(dev::mul_rn(values.high, scale), group.low);
+    group.unit = dev::div_rn(range, float(kUnitsOfRange));
+    const bool constant = (dev::float_to_f16(dev::mul_rn(group.unit, float(kUnitsPerStep))) & 0x7fffu) == 0;
+    const float inverse = constant ? 0.f : dev::div_rn(float(kUnitsOfRange), range);  // a constant group has codes 0
     SAW_INT4_UNROLL
-    for (int mask = 1; mask < kAppendLanes<D>; mask *= 2) {
+    for (int i = 0; i < 8; ++i) {
+      if (group_of_channel(i, kGroups) != g) continue;
+      low[i] = values.low;
+      per_unit[i] = dev::mul_rn(inverse, scale);
+    }
+  }
+  FineRow<D> fine;
+  ShiftErrors errors[kGroups];
+  SAW_INT4_UNROLL
+  for (int k = 0; k < kWords; ++k) {
+    fine[k].round(t[k], low, per_unit);
+    SAW_INT4_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      SAW_INT4_UNROLL
+      for (int g = 0; g < kGroups; ++g) errors[g].add(fine[k].parts(h), bytes_of_group(4 * h, g, kGroups));
+    }
+  }
+  uint32_t shift[kGroups];
+  SAW_INT4_UNROLL
+  for (int g = 0; g < kGroups; ++g) shift[g] = errors[g].template best<kLanes>();
+  // Channels that share a pair are of the first group and of the last.
+  static_assert(bytes_of_group(0, 0, 2) == 0x00ff00ffu && bytes_of_group(4, 0, 2) == 0x00ff00ffu);
+  const uint32_t shifts = shift[0] | shift[kGroups - 1] << 16;
+  uint32_t s1[kGroups] = {}, s2[kGroups] = {}, parts[kGroups] = {}, cross[kGroups] = {};
+  SAW_INT4_UNROLL
+  for (int k = 0; k < kWords; ++k) {
+    SAW_INT4_UNROLL
+    for (int p = 0; p < 4; ++p) fine[k].pair[p] += shifts;
+    uint32_t nibbles[2];
+    SAW_INT4_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t codes = nibbles[h] = fine[k].steps(h), rest = fine[k].parts(h);
+      SAW_INT4_UNROLL
+      for (int g = 0; g < kGroups; ++g) {
+        const uint32_t own = bytes_of_group(4 * h, g, kGroups), ones = own & 0x01010101u;
+        s1[g] = dev::dot_u8x4(codes, ones, s1[g]);
+        s2[g] = dev::dot_u8x4(codes, codes & own, s2[g]);
+        parts[g] = dev::dot_u8x4(rest, ones, parts[g]);
+        cross[g] = dev::dot_u8x4(codes, rest & own, cross[g]);
+      }
+    }
+    if (row != nullptr)
+      dev::st_global(reinterpret_cast<uint32_t*>(row) + AppendRow<D>::word(k), nibbles[0] | nibbles[1] << 4);
+  }
+  SAW_INT4_UNROLL
+  for (int g = 0; g < kGroups; ++g) {
+    OpenGroup& group = open.group[g];
+    group.squares_and_codes = s2[g] << 16 | s1[g];  // 15^2 * 256 < 2^16, 15 * 256 < 2^16
+    // f + shift = 256 * code + part
+    group.total = kUnitsPerStep * s1[g] + parts[g] - 8 / kGroups * kWords * shift[g];
+    group.cross = kUnitsPerStep * s2[g] + cross[g] - shift[g] * s1[g];
+    SAW_INT4_UNROLL
+    for (int mask = 1; mask < kLanes; mask *= 2) {
       group.squares_and_codes += dev::shfl_xor(group.squares_and_codes, mask);
       group.total += dev::shfl_xor(group.total, mask);
       group.cross += dev::shfl_xor(group.cross, mask);

@@ -22,6 +22,10 @@ SAW_INT4_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 SAW_INT4_DEVICE uint32_t dot_u8x4(uint32_t a, uint32_t b, uint32_t c) {
   return __dp4a(a, b, c);
 }
+// The same of signed bytes.
+SAW_INT4_DEVICE uint32_t dot_s8x4(uint32_t a, uint32_t b, uint32_t c) {
+  return __dp4a(static_cast<int32_t>(a), static_cast<int32_t>(b), static_cast<int32_t>(c));
+}
 // The largest of three: one instruction from sm_90 on.
 SAW_INT4_DEVICE int32_t max3(int32_t a, int32_t b, int32_t c) {
   return __vimax3_s32(a, b, c);

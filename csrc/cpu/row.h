@@ -80,18 +80,15 @@ SAW_INT4_INLINE void transform_row(float* t, int head_dim, int order, const floa
   }
 }
 
-// 1.5 * 2^23: adding it rounds a small float to an integer, half to even, and leaves that in the low bits.
-constexpr float kRounder = 12582912.f;
-
 // Least-squares parameters for codes that are already chosen; sums as in format.h.
-SAW_INT4_INLINE void fit_params(int64_t n, int64_t s1, int64_t s2, int64_t total, int64_t cross, uint16_t* params) {
+SAW_INT4_INLINE void fit_params(int64_t n, int64_t s1, int64_t s2, int64_t total, int64_t cross, float low, float unit,
+                                uint16_t* params) {
   const int64_t spread = n * s2 - s1 * s1;
   if (spread == 0) return;
-  const float a = static_cast<float>(n * cross - s1 * total) / static_cast<float>(spread) / kFitUnits;
-  const float b = (static_cast<float>(total) / kFitUnits - a * static_cast<float>(s1)) / static_cast<float>(n);
-  const float scale = from_half(params[0]), offset = from_half(params[1]);
-  params[0] = to_half(scale * a);
-  params[1] = to_half(offset + scale * b);
+  const float a = static_cast<float>(n * cross - s1 * total) / static_cast<float>(spread);
+  const float b = (static_cast<float>(total) - a * static_cast<float>(s1)) / static_cast<float>(n);
+  params[0] = to_half(unit * a);
+  params[1] = to_half(low + unit * b);
 }
 
 SAW_INT4_INLINE bool is_finite_half(uint16_t x) {
@@ -151,41 +148,60 @@ SAW_INT4_INLINE void quantize_row(const float* t, int head_dim, uint8_t* codes, 
   }
   bool damage = any_lane(damaged);
   uint16_t params[kGroups][2];
-  float offsets[kGroups], inverses[kGroups];
+  float offsets[kGroups], units[kGroups], inverses[kGroups];
   for (int g = 0; g < kGroups; ++g) {
     const float low = lane_min(Lanes::lanes_of(lows, g, splat(INFINITY)));
-    const float high = lane_max(Lanes::lanes_of(highs, g, splat(-INFINITY)));
-    params[g][0] = to_half((high - low) / 15.f);
+    const float range = lane_max(Lanes::lanes_of(highs, g, splat(-INFINITY))) - low;
+    offsets[g] = low;
+    units[g] = range / kUnitsOfRange;
+    params[g][0] = to_half(units[g] * kUnitsPerStep);
     params[g][1] = to_half(low);
-    damage |= !is_finite_half(params[g][0]) || !is_finite_half(params[g][1]);
-    offsets[g] = from_half(params[g][1]);
-    inverses[g] = params[g][0] == 0 ? 0.f : 1.f / from_half(params[g][0]);  // a constant group has codes 0
+    inverses[g] = params[g][0] == 0 ? 0.f : kUnitsOfRange / range;  // a constant group has codes 0
+    damage |= range == INFINITY;
   }
   if (!damage) {
+    const auto sum = [](const I(&x)[kKinds], int g)
+                         __attribute__((always_inline)) { return lane_sum(Lanes::lanes_of(x, g, I{})); };
+    const auto in_units = [&](int c, int kind) __attribute__((always_inline)) {
+      return round_product(load<F>(t + c) - Lanes::spread(offsets, kind), Lanes::spread(inverses, kind));
+    };
+    I errors[kShifts][kKinds] = {};
+    for (int first = 0; first < head_dim; first += kKinds * N) {
+      for (int kind = 0; kind < kKinds; ++kind) {
+        const I f = in_units(first + kind * N, kind);
+        for (int i = 0; i < kShifts; ++i) {
+          const I e = ((f + grid_shift(i)) & (kUnitsPerStep - 1)) - kUnitsPerStep / 2;
+          errors[i][kind] += e * e;
+        }
+      }
+    }
+    float shifts[kGroups];
+    for (int g = 0; g < kGroups; ++g) {
+      int64_t least = INT64_MAX;
+      for (int i = 0; i < kShifts; ++i) {
+        const int64_t error = sum(errors[i], g);
+        if (error < least) shifts[g] = static_cast<float>(grid_shift(i));
+        least = error < least ? error : least;
+      }
+    }
     I s1[kKinds] = {}, s2[kKinds] = {}, total[kKinds] = {}, cross[kKinds] = {};
     for (int first = 0; first < head_dim; first += kKinds * N) {
       for (int kind = 0; kind < kKinds; ++kind) {
         const int c = first + kind * N;
-        const F u = (load<F>(t + c) - Lanes::spread(offsets, kind)) * Lanes::spread(inverses, kind);
-        // Clamping first gives the same codes.
-        const F rounded = min(max(u, F{}), splat(static_cast<float>(kCodeMax))) + splat(kRounder);
-        const I code = (I)((U)rounded & 15u);
+        const I f = in_units(c, kind);
+        const I code = (f + __builtin_convertvector(Lanes::spread(shifts, kind), I)) / kUnitsPerStep;
         store(codes + c, __builtin_convertvector((U)code, B));
-        const F fixed = min(max(u, splat(-1.f)), splat(16.f)) * splat(static_cast<float>(kFitUnits)) + splat(kRounder);
-        const I f = (I)fixed - (I)splat(kRounder);
         s1[kind] += code;
         s2[kind] += code * code;
         total[kind] += f;
         cross[kind] += code * f;
       }
     }
-    const auto sum = [](const I(&x)[kKinds], int g)
-                         __attribute__((always_inline)) { return lane_sum(Lanes::lanes_of(x, g, I{})); };
-    for (int g = 0; g < kGroups; ++g) {
-      fit_params(head_dim / kGroups, sum(s1, g), sum(s2, g), sum(total, g), sum(cross, g), params[g]);
-      damage |= !is_finite_half(params[g][0]) || !is_finite_half(params[g][1]);
-    }
+    for (int g = 0; g < kGroups; ++g)
+      fit_params(head_dim / kGroups, sum(s1, g), sum(s2, g), sum(total, g), sum(cross, g), offsets[g], units[g],
+                 params[g]);
   }
+  for (int g = 0; g < kGroups; ++g) damage |= !is_finite_half(params[g][0]) || !is_finite_half(params[g][1]);
   if (damage) __builtin_memset(codes, 0, static_cast<uint32_t>(head_dim));
   for (int g = 0; g < kGroups; ++g) {
     if (damage) params[g][0] = params[g][1] = kNanParam;

@@ -1,6 +1,7 @@
 // N fp32 lanes of the instruction set that the including file was compiled for. Included once per kernels_cpu_*.cpp,
 // after that file has set SAW_INT4_ISA (a namespace name) and the compiler's target. Nothing here contracts a
-// product and a sum by itself: fma() is explicit, and used only where no cache byte depends on it.
+// product and a sum by itself: fma() is explicit, and where a cache byte depends on it, in round_product(), format.h
+// asks for it.
 #pragma once
 
 #define SAW_INT4_INLINE static inline __attribute__((always_inline))
@@ -123,6 +124,19 @@ SAW_INT4_INLINE H to_half(F x) {
   return h;
 }
 #endif
+
+// round_half_even(a * b), the product not rounded before, |a * b| < 2^22. Adding 1.5 * 2^23 (2^52 to a double, which
+// holds the product of two floats) rounds to an integer and leaves that in the low bits.
+SAW_INT4_INLINE I round_product(F a, F b) {
+#if defined(SAW_INT4_AVX512) || defined(SAW_INT4_AVX2)
+  const F rounder = splat(12582912.f);
+  return (I)fma(a, b, rounder) - (I)rounder;
+#else
+  typedef double Wide __attribute__((vector_size(8 * N)));
+  const Wide product = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+  return __builtin_convertvector((product + 0x1.8p52) - 0x1.8p52, I);
+#endif
+}
 
 SAW_INT4_INLINE F from_bfloat16(H h) {
   return (F)(__builtin_convertvector(h, U) << 16);

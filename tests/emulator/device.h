@@ -231,6 +231,10 @@ inline uint32_t dot_u8x4(uint32_t a, uint32_t b, uint32_t c) {
   for (int i = 0; i < 32; i += 8) c += (a >> i & 0xff) * (b >> i & 0xff);
   return c;
 }
+inline uint32_t dot_s8x4(uint32_t a, uint32_t b, uint32_t c) {
+  for (int i = 0; i < 32; i += 8) c += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+  return c;
+}
 inline int32_t max3(int32_t a, int32_t b, int32_t c) {
   return std::max({a, b, c});
 }

@@ -500,6 +500,7 @@ PYBIND11_MODULE(SAW_INT4_MODULE, m) {
   m.def("fmin_nan", &saw_int4::dev::fmin_nan);
   m.def("fmax_nan", &saw_int4::dev::fmax_nan);
   m.def("dot_u8x4", &saw_int4::dev::dot_u8x4);
+  m.def("dot_s8x4", &saw_int4::dev::dot_s8x4);
   m.def("max3_signed", [](int32_t a, int32_t b, int32_t c) { return saw_int4::dev::max3(a, b, c); });
   m.def("max3_unsigned", [](uint32_t a, uint32_t b, uint32_t c) { return saw_int4::dev::max3(a, b, c); });
 }

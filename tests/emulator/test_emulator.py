@@ -378,6 +378,7 @@ def test_prmt(emulator, selector, expected):
 
 def test_dot_of_bytes(emulator):
     assert emulator.dot_u8x4(0xFF020304, 0xFF0A0B0C, 5) == 255 * 255 + 2 * 10 + 3 * 11 + 4 * 12 + 5
+    assert emulator.dot_s8x4(0x80020304, 0x800AF50C, 5) == 128 * 128 + 2 * 10 - 3 * 11 + 4 * 12 + 5
 
 
 def test_largest_of_three(emulator):

@@ -199,6 +199,33 @@ def test_signs_turn_the_constant_vector_to_the_queries():
     assert share(fit.signed(loose, statistics, D)) > 3 * share(loose)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_fitted_together_signs_and_s_leave_less_noise(groups):
+    """By the rounding itself: the logits of held-out queries, against s and signs fitted one after the other."""
+    call = attention_call(8, tokens=1024)
+    g = torch.Generator().manual_seed(1)
+    directions = torch.randn(2, D, generator=g)  # along which keys, and queries too, spread more than along others
+    k, q = (x + torch.randn(*x.shape[:2], 2, generator=g) @ directions for x in (call.k, call.q))
+    call = call._replace(k=k, q=q)
+    statistics = statistics_of(call._replace(q=call.q[:768], k=call.k[:768], v=call.v[:768]))
+    others = HeldOut.of(call, 768)
+    exact = fit.attention_logits(others)
+    apart = fit.signed(fit.balanced(statistics), statistics, D)
+    together = fit.quiet(statistics, D, groups)
+    loss, less = (fit.key_divergence(others, exact, t, D, groups).sum() for t in (apart, together))
+    assert less < 0.8 * loss
+
+
+@pytest.mark.parametrize("dead", [1, 40, D])
+def test_dead_channels_stay_in_range_when_fitted_together(dead):
+    call = attention_call(8)
+    k, q = call.k.clone(), call.q.clone()
+    k[..., :dead] = 1.5
+    q[..., -dead:] = 0.0
+    scale = fit.quiet(statistics_of(call._replace(k=k, q=q)), D, 1).scale.abs()
+    assert scale.isfinite().all() and (scale > 0).all() and (scale.amax() / scale.amin()) < 1e8
+
+
 @pytest.mark.parametrize("dead", [1, 40, D])
 def test_dead_channels_stay_in_range(dead):
     k_std, q_rms = torch.ones(HEADS, D).double(), torch.ones(HEADS, D).double()

@@ -15,7 +15,7 @@ from saw_int4.calibration.attention_hook import AttentionCall, load_model
 from saw_int4.calibration.fingerprint import model_fingerprint
 from saw_int4.calibration.statistics import LayerStatistics
 from saw_int4.calibration.text import BUILTIN
-from saw_int4.format import KVFormat, default_rotation_order, row_bytes
+from saw_int4.format import FORMAT_VERSION, KVFormat, default_rotation_order, row_bytes
 
 TOKENS = 4096
 
@@ -109,7 +109,7 @@ def describe(calibration: Calibration) -> str:
         [
             f"calibration {calibration.fingerprint} of model {manifest['model']}: {manifest['text']['tokens']} tokens, "
             f"{manifest['seconds']} s",
-            f"  heads: {', '.join(f'{heads.count(name)} {name}' for name in (fit.BALANCED, fit.CENTRED, fit.PLAIN))}",
+            f"  heads: {', '.join(f'{heads.count(name)} {name}' for name in (fit.BALANCED, fit.PLAIN))}",
             f"  held-out divergence of attention, summed over heads: {manifest['expected_gain']}x smaller than "
             "with the rotation alone",
             f"  V: relative output error {plain:.4f} plain, {rotated:.4f} rotated: V is "
@@ -133,6 +133,7 @@ def version(package: str) -> str | None:
 
 
 def path_of(model: str, rotation_order: int, groups: int = 1, home: Path | None = None) -> Path:
-    """Where an artifact is kept when nobody says: one file per model fingerprint, rotation order and groups."""
-    name = f"{model}-r{rotation_order}{'' if groups == 1 else f'-g{groups}'}.safetensors"
+    """Where an artifact is kept when nobody says: one file per model fingerprint, format version, rotation order and
+    groups. Another version's is not found, and a server calibrates again."""
+    name = f"{model}-v{FORMAT_VERSION}-r{rotation_order}{'' if groups == 1 else f'-g{groups}'}.safetensors"
     return (home or Path.home()) / ".cache" / "saw_int4" / name

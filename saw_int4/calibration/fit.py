@@ -3,10 +3,11 @@
 Per KV head and channel, K' = sign * H_R((K - mu) / s)::
 
     mu    mean of k                      a constant in the keys costs nothing then
-    s     sqrt(std of k / rms of q)      noise spread evenly over K' hurts every channel of q' alike, which makes the
+    s     near sqrt(std of k / rms of q) noise spread evenly over K' hurts every channel of q' alike, which makes the
                                          result independent of how the checkpoint splits scale between q and k
-    sign  of the main direction of q'    a row's offset is fitted, so that its error has no component along the constant
-                                         vector; the signs turn that vector to where the queries have most energy
+    sign  and the signs of s             a row's offset is fitted, so that its error has no component along the constant
+                                         vector; signs turn that vector to where the queries have most energy and keys
+                                         spread most, and s is fitted to what is left (noise.py)
 
 mu is then moved by less than one quantization step, so that the mean first key of a sequence, on which many heads
 park most of their attention, falls exactly on the grid of its own row. That key hardly varies between prompts in such
@@ -24,10 +25,11 @@ import torch
 from torch import Tensor
 
 from saw_int4 import ops
+from saw_int4.calibration.noise import least_noise
 from saw_int4.calibration.statistics import HeldOut, LayerStatistics
-from saw_int4.format import row_bytes
+from saw_int4.format import group_of_channel, row_bytes
 
-PLAIN, CENTRED, BALANCED = "plain", "centred", "balanced"
+PLAIN, BALANCED = "plain", "balanced"
 
 
 class KeyTransform(NamedTuple):
@@ -58,7 +60,7 @@ class LayerFit:
 
     Attributes:
         transform: on CPU.
-        choice: per KV head, PLAIN, CENTRED or BALANCED.
+        choice: per KV head, PLAIN or BALANCED.
         kl: per KV head, mean KL divergence (nats) of held-out attention distributions with this transform.
         kl_plain: the same with the rotation alone.
         v_error, v_error_rotated: relative RMS error of the held-out attention output from V alone.
@@ -77,8 +79,7 @@ def fit_layer(statistics: LayerStatistics, rotation_order: int, groups: int = 1)
     held_out = statistics.held_out
     candidates = {
         PLAIN: plain(statistics),
-        CENTRED: align(signed(centred(statistics), statistics, rotation_order), statistics, rotation_order, groups),
-        BALANCED: align(signed(balanced(statistics), statistics, rotation_order), statistics, rotation_order, groups),
+        BALANCED: align(quiet(statistics, rotation_order, groups), statistics, rotation_order, groups),
     }
     exact = attention_logits(held_out)
     divergence = {name: key_divergence(held_out, exact, c, rotation_order, groups) for name, c in candidates.items()}
@@ -115,10 +116,30 @@ def signed(transform: KeyTransform, statistics: LayerStatistics, rotation_order:
     """With the signs of the direction in which the transformed queries have most of their energy."""
     scale = transform.scale.double()
     moment = statistics.q_moment * scale[:, :, None] * scale[:, None, :]
-    identity = torch.eye(scale.shape[1], dtype=torch.float32, device=scale.device)[:, None]
-    rotation = ops.transform_rows(identity, rotation_order=rotation_order)[:, 0].double()
+    rotation = rotation_matrix(scale, rotation_order)
     main = torch.linalg.eigh(rotation @ moment @ rotation).eigenvectors[..., -1]
     return transform._replace(sign=torch.where(main >= 0, 1.0, -1.0).float())
+
+
+def quiet(statistics: LayerStatistics, rotation_order: int, groups: int) -> KeyTransform:
+    """mu, s and signs, s and the signs fitted together (noise.py)."""
+    transform = balanced(statistics)
+    head_dim = transform.scale.shape[1]
+    of_channel = torch.tensor([group_of_channel(c, groups) for c in range(head_dim)], device=transform.scale.device)
+    scale, sign = least_noise(
+        with_live_channels(statistics.k_cov),
+        with_live_channels(statistics.q_moment),
+        transform.scale.double(),
+        rotation_matrix(transform.scale, rotation_order),
+        torch.stack([of_channel == group for group in range(groups)]).double(),
+    )
+    return transform._replace(scale=scale.float(), sign=sign.float())
+
+
+def rotation_matrix(like: Tensor, rotation_order: int) -> Tensor:
+    """H_R float64 ``[D, D]``, for vectors ``[H_kv, D]``, on their device."""
+    identity = torch.eye(like.shape[1], dtype=torch.float32, device=like.device)[:, None]
+    return ops.transform_rows(identity, rotation_order=rotation_order)[:, 0].double()
 
 
 def align(transform: KeyTransform, statistics: LayerStatistics, rotation_order: int, groups: int = 1) -> KeyTransform:
@@ -138,14 +159,21 @@ def balance(k_std: Tensor, q_rms: Tensor) -> Tensor:
     A channel that the calibration text left dead (or a whole dead head) gets the floor of its head: s must neither
     vanish nor overflow when another text wakes it.
     """
-
-    def floored(x: Tensor) -> Tensor:
-        floor = torch.maximum(1e-2 * x.median(-1, keepdim=True).values, 1e-6 * x.amax(-1, keepdim=True))
-        return torch.where(floor > 0, torch.maximum(x, floor), torch.ones_like(x))
-
     k_std = floored(k_std)
     s = (k_std / floored(q_rms)).sqrt()
     return s * (k_std / s).square().mean(-1, keepdim=True).sqrt()
+
+
+def floored(x: Tensor) -> Tensor:
+    """Rms of channels ``[H_kv, D]``, dead ones at the floor of their head."""
+    floor = torch.maximum(1e-2 * x.median(-1, keepdim=True).values, 1e-6 * x.amax(-1, keepdim=True))
+    return torch.where(floor > 0, torch.maximum(x, floor), torch.ones_like(x))
+
+
+def with_live_channels(moment: Tensor) -> Tensor:
+    """``[H_kv, D, D]`` with the diagonal that ``floored`` gives it."""
+    square = moment.diagonal(dim1=-2, dim2=-1)
+    return moment + torch.diag_embed(floored(square.sqrt()).square() - square)
 
 
 def round_trip(x: Tensor, groups: int = 1) -> Tensor:

@@ -21,14 +21,14 @@ class LayerStatistics:
     It would distort mean and spread, and deserves an exact place on the quantization grid instead (see fit.py).
 
     Attributes:
-        k_mean, k_std: float64 ``[H_kv, D]``, post-RoPE.
+        k_mean: float64 ``[H_kv, D]``, k_cov: float64 ``[H_kv, D, D]``, of keys post-RoPE.
         q_moment: float64 ``[H_kv, D, D]``, mean of ``q q^T`` over the query heads of the group.
         first_key: fp32 ``[H_kv, D]``, the mean key at position 0.
         held_out: queries that took no part.
     """
 
     k_mean: Tensor
-    k_std: Tensor
+    k_cov: Tensor
     q_moment: Tensor
     first_key: Tensor
     held_out: HeldOut
@@ -39,14 +39,20 @@ class LayerStatistics:
         fitted = round(FIT_SHARE * call.k.shape[0])
         k, q = call.k[1:fitted].double(), call.q[1:fitted].double().unflatten(1, (call.k.shape[1], -1))
         mean = k.mean(0)
+        apart = (k - mean).transpose(0, 1)
         q = q.transpose(0, 1).flatten(1, 2)
         return cls(
             k_mean=mean,
-            k_std=(k - mean).square().mean(0).sqrt(),
+            k_cov=apart.mT @ apart / apart.shape[1],
             q_moment=q.mT @ q / q.shape[1],
             first_key=first_key.float(),
             held_out=HeldOut.of(call, fitted),
         )
+
+    @property
+    def k_std(self) -> Tensor:
+        """``[H_kv, D]`` float64."""
+        return self.k_cov.diagonal(dim1=-2, dim2=-1).sqrt()
 
     @property
     def q_rms(self) -> Tensor:

@@ -50,22 +50,21 @@ def test_our_rows_are_the_format(sample, rotate_v):
 
 
 def test_uniform_stays_within_half_a_step(sample):
-    for groups in (1, 2):
-        x = sample.k
-        rows = x.unflatten(-1, (groups, -1))
-        step = (rows.amax(-1) - rows.amin(-1)) / 15
-        error = (quantizers.uniform(x, groups=groups) - x).unflatten(-1, (groups, -1)).abs().amax(-1)
-        assert (error <= 0.502 * step + 2e-3 * rows.abs().amax(-1)).all()
+    step = (sample.k.amax(-1) - sample.k.amin(-1)) / 15
+    error = (quantizers.uniform(sample.k) - sample.k).abs().amax(-1)
+    assert (error <= 0.502 * step + 2e-3 * sample.k.abs().amax(-1)).all()
 
 
-def test_elaborate_roundings_beat_the_plain_one(sample):
+def test_elaborate_roundings_beat_the_plain_one():
+    rows = torch.randn(4096, 1, D, generator=torch.Generator().manual_seed(0))  # as a rotation leaves them
+
     def error(rounded):
-        return float((rounded - sample.k).square().sum())
+        return float((rounded - rows).square().sum())
 
-    plain = error(quantizers.uniform(sample.k))
-    fitted = error(quantizers.fitted(sample.k))
-    assert error(quantizers.fitted(sample.k, cuts=(0.0, 0.05))) < fitted < plain
-    assert error(quantizers.fitted(sample.k, groups=2)) < fitted
+    fixed = error(quantizers.fitted(rows))
+    assert fixed < 0.99 * error(quantizers.uniform(rows))
+    assert error(fit.round_trip(rows)) < 0.9 * fixed  # the grid that suits a row best, of three
+    assert error(fit.round_trip(rows, groups=2)) < 0.7 * fixed
 
 
 def test_comparators_do_what_they_are_for(sample):

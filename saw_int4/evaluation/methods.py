@@ -84,9 +84,6 @@ def methods(head_dim: int) -> dict[str, Method]:
     def published(order: int, rotate_v: bool = False) -> Callable[[Samples], Quantizer]:
         return lambda s: q.rotated(order, rotate_v, q.uniform, transforms(s, fit.plain))
 
-    def trial(rounding: Callable) -> Callable[[Samples], Quantizer]:
-        return lambda s: q.rotated(full, True, rounding, calibrated(s))
-
     free, rotation = "none", "q rotated once per query row"
     both = rotation + ", output too"
     steps = (fit.balanced, fit.signed, fit.align)
@@ -119,18 +116,11 @@ def methods(head_dim: int) -> dict[str, Method]:
             ours=True,
         ),
         Method(
-            "trial-search",
-            "calibrated, V rotated; at append the best of four ranges",
+            "fixed-grid",
+            "calibrated, V rotated, rows of format version 1: one grid, from the smallest to the largest value",
             row,
             both,
-            trial(lambda x: q.fitted(x, cuts=(0.0, 0.05))),
-        ),
-        Method(
-            "trial-groups-search",
-            "the same, two groups per row",
-            row_of_two_groups,
-            both + "; two parameter pairs per row",
-            trial(lambda x: q.fitted(x, groups=2, cuts=(0.0, 0.05))),
+            lambda s: q.rotated(full, True, q.fitted, calibrated(s)),
         ),
         Method("gptq", "Hessian-aware rounding, BDR K", row, rotation, lambda s: q.gptq(s, full)),
         Method("kmeans-16", "K-means, 16 centroids", row, "codebook look-up", lambda s: q.kmeans(s, 1, 1)),

@@ -70,36 +70,28 @@ def fp8() -> Quantizer:
     return lambda layer, k, v: (cast(k), cast(v))
 
 
-def uniform(x: Tensor, levels: int = 15, groups: int = 1) -> Tensor:
-    """Min-max rounding of fp32 ``[..., D]`` with fp16 scale and offset per row and group, as published."""
-    return _round(x.unflatten(-1, (groups, -1)), levels)[0].flatten(-2)
+def uniform(x: Tensor, levels: int = 15) -> Tensor:
+    """Min-max rounding of fp32 ``[..., D]`` with fp16 scale and offset per row, as published."""
+    return _round(x, levels)[0]
 
 
-def fitted(x: Tensor, groups: int = 1, cuts: tuple[float, ...] = (0.0,)) -> Tensor:
-    """4 bits, scale and offset fitted to the codes by least squares; of the shares of the range to cut off at either
-    end, the pair that rounds best, per row and group."""
-    x = x.unflatten(-1, (groups, -1))
-    best, least = None, None
-    for low in cuts:
-        for high in cuts:
-            _, codes, scale = _round(x, 15, low, high)
-            centred = codes - codes.mean(-1, keepdim=True)
-            variance = centred.square().sum(-1, keepdim=True)
-            scale = torch.where(variance > 0, (centred * x).sum(-1, keepdim=True) / variance.clamp_min(1.0), scale)
-            scale = scale.half().float()
-            offset = (x.mean(-1, keepdim=True) - scale * codes.mean(-1, keepdim=True)).half().float()
-            found = codes * scale + offset
-            error = (found - x).square().sum(-1, keepdim=True)
-            best = found if best is None else torch.where(error < least, found, best)
-            least = error if least is None else torch.minimum(error, least)
-    return best.flatten(-2)
+def fitted(x: Tensor) -> Tensor:
+    """4 bits from the smallest to the largest value of a row, then scale and offset fitted to the codes by least
+    squares."""
+    _, codes, scale = _round(x, 15)
+    centred = codes - codes.mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True)
+    scale = torch.where(variance > 0, (centred * x).sum(-1, keepdim=True) / variance.clamp_min(1.0), scale)
+    scale = scale.half().float()
+    offset = (x.mean(-1, keepdim=True) - scale * codes.mean(-1, keepdim=True)).half().float()
+    return codes * scale + offset
 
 
-def _round(x: Tensor, levels: int, cut_low: float = 0.0, cut_high: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(rounded, codes, scale) of rows over their range, less the shares cut off."""
+def _round(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(rounded, codes, scale) of rows over their range."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    offset = (low + cut_low * (high - low)).half().float()
-    scale = ((high - low) * (1 - cut_low - cut_high) / levels).half().float()
+    offset = low.half().float()
+    scale = ((high - low) / levels).half().float()
     codes = torch.where(scale > 0, ((x - offset) / scale).round().clamp(0, levels), torch.zeros_like(x))
     return codes * scale + offset, codes, scale
 

@@ -165,31 +165,31 @@ SAW_INT4_INLINE void quantize_row(const float* t, int head_dim, uint8_t* codes, 
     const auto in_units = [&](int c, int kind) __attribute__((always_inline)) {
       return round_product(load<F>(t + c) - Lanes::spread(offsets, kind), Lanes::spread(inverses, kind));
     };
-    I errors[kShifts][kKinds] = {};
+    // With s, the low byte of f as a signed number: e = s where the shift is 128, s -+ 128 where it is 0 (for s >= 0,
+    // s < 0), and s - 64 where it is 64, but s + 192 for s < -64. So differences of sum e^2 need no products.
+    static_assert(kUnitsPerStep == 256 && kShifts == 3 && grid_shift(1) == 64 && grid_shift(2) == 128);
+    I sizes[kKinds] = {}, parts[kKinds] = {}, below[kKinds] = {};  // sums of |s|, s and min(s + 64, 0)
     for (int first = 0; first < head_dim; first += kKinds * N) {
       for (int kind = 0; kind < kKinds; ++kind) {
-        const I f = in_units(first + kind * N, kind);
-        for (int i = 0; i < kShifts; ++i) {
-          const I e = ((f + grid_shift(i)) & (kUnitsPerStep - 1)) - kUnitsPerStep / 2;
-          errors[i][kind] += e * e;
-        }
+        const I s = (I)((U)in_units(first + kind * N, kind) << 24) >> 24, shifted = s + 64;
+        sizes[kind] += s < 0 ? -s : s;
+        parts[kind] += s;
+        below[kind] += shifted < 0 ? shifted : I{};
       }
     }
     float shifts[kGroups];
     for (int g = 0; g < kGroups; ++g) {
-      int64_t least = INT64_MAX;
-      for (int i = 0; i < kShifts; ++i) {
-        const int64_t error = sum(errors[i], g);
-        if (error < least) shifts[g] = static_cast<float>(grid_shift(i));
-        least = error < least ? error : least;
-      }
+      const int64_t n = head_dim / kGroups;
+      const int64_t with_0 = 128 * 128 * n - 256 * sum(sizes, g);  // sum e^2 less that with 128
+      const int64_t with_64 = 64 * 64 * n - 128 * sum(parts, g) + 512 * sum(below, g);
+      shifts[g] = with_0 <= with_64 && with_0 <= 0 ? 0.f : with_64 <= 0 ? 64.f : 128.f;
     }
     I s1[kKinds] = {}, s2[kKinds] = {}, total[kKinds] = {}, cross[kKinds] = {};
     for (int first = 0; first < head_dim; first += kKinds * N) {
       for (int kind = 0; kind < kKinds; ++kind) {
         const int c = first + kind * N;
         const I f = in_units(c, kind);
-        const I code = (f + __builtin_convertvector(Lanes::spread(shifts, kind), I)) / kUnitsPerStep;
+        const I code = (I)((U)(f + __builtin_convertvector(Lanes::spread(shifts, kind), I)) / kUnitsPerStep);
         store(codes + c, __builtin_convertvector((U)code, B));
         s1[kind] += code;
         s2[kind] += code * code;

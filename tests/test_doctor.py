@@ -23,7 +23,7 @@ def broken(**_) -> list[Finding]:
 def test_all_well(capsys):
     assert doctor.main(None, []) == 0
     said = capsys.readouterr().out
-    for text in (torch.__version__, _C.cpu_isa(), "int4 v1: head_dim 64", "0 broken, 0 warnings"):
+    for text in (torch.__version__, _C.cpu_isa(), "int4 v2: head_dim 64", "0 broken, 0 warnings"):
         assert text in said
 
 

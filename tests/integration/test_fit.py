@@ -33,7 +33,7 @@ def test_a_model_that_is_served(model):
     list(fit.findings())
     served, text = fit.dry_run(["--model-path", str(model), "--kv-cache-dtype", "int4"])
     assert served, text
-    assert text.startswith("int4 v1: head_dim 64")
+    assert text.startswith("int4 v2: head_dim 64")
     assert text.endswith("attention backend saw_int4")
 
 

@@ -113,7 +113,7 @@ def load(path: Path) -> Calibration:
     """Read an artifact.
 
     Raises:
-        ValueError: not an artifact, of another version, damaged, or with vectors that are not finite and positive.
+        ValueError: not an artifact, of another version, damaged, or with vectors out of range.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -134,7 +134,6 @@ def load(path: Path) -> Calibration:
                 f"calibration artifact {path}: {field} is {manifest.get(field)}, this version reads {value}. "
                 "Calibrate again: saw-int4 calibrate."
             )
-    manifest.setdefault("groups", 1)  # artifacts from before rows could have two
     layers = {
         layer: KeyTransform(*(tensors[f"layers.{layer}.k_{name}"] for name in KeyTransform._fields))
         for layer in manifest["layers"]
@@ -145,10 +144,10 @@ def load(path: Path) -> Calibration:
             f"calibration artifact {path}: hash is {found}, its manifest says {manifest['hash']}: damaged."
         )
     for layer, (mean, scale, sign) in layers.items():
-        if not (mean.isfinite().all() and scale.isfinite().all() and (scale > 0).all() and (sign.abs() == 1).all()):
+        if not (mean.isfinite().all() and scale.isfinite().all() and (scale != 0).all() and (sign.abs() == 1).all()):
             raise ValueError(
                 f"calibration artifact {path}: layer {layer} has values out of range, expected finite mean, finite "
-                "positive scale, and signs of +1 or -1. Calibrate again: saw-int4 calibrate."
+                "scale other than 0, and signs of +1 or -1. Calibrate again: saw-int4 calibrate."
             )
     return Calibration(layers, manifest)
 

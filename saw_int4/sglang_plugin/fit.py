@@ -113,10 +113,10 @@ def dry_run(argv: list[str]) -> tuple[bool, str]:
 
 
 def refused_features() -> list[str]:
-    """Flags of SGLang that INT4 is refused with, each with the reason."""
+    """Flags of SGLang that INT4 is refused with, or with some of their values; the reason, and the way out."""
     from saw_int4.sglang_plugin.refusals import REFUSALS
 
-    return [f"--{r.field.replace('_', '-')}: {r.reason}" for r in REFUSALS]
+    return [f"--{r.field.replace('_', '-')}: {r.reason}; {r.way_out}" for r in REFUSALS]
 
 
 def _version() -> Iterator[Finding]:

@@ -66,7 +66,7 @@ class _Grid:
 
     def free(self, moment: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """moment w, and the moment that lies along w ``[H_kv, n]``."""
-        product = w @ moment[:, None]
+        product = (w.flatten(1, 2) @ moment).view_as(w)  # one product per head: broadcasting would copy the moment
         return product, ((product * w).sum(-1) / self.sizes).sum(-1)
 
     def rest(self, moment: Tensor, flip: Tensor, sign: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def decode_limit(group: int, cuda: bool) -> int:
     The unit is reading a cached token's K and V in 16 bits. decode_attention reads 0.27 of it for every pass of 32
     query rows of a KV head, and computes as long as 0.6 (32 rows took 2.2 times as long as 4, csrc/README.md). The
     other way reads 0.27, writes 1 and reads 1: 2.3, whatever the rows. So four passes at most: 128 rows, 128 / group
-    tokens. Measured for one request of 16384 tokens (benchmarks/results/h100_2026-11-26_kernels.txt), 32 new tokens take
+    tokens. Measured for one request of 16384 tokens (benchmarks/results/h100_2026-11-26_kernels.txt), 32 new ones take
     62 us this way and 213 the other, 128 take 195 and 218: FlashInfer's FA3 gives each query head one SM then. Several
     requests share the others, so the limit stays where the arithmetic has it. The 16 for a CPU was not measured.
 

@@ -1,4 +1,4 @@
-"""Every way to start a server, in real processes; and servers whose plugin was sabotaged, which must not come up."""
+"""Ways to start a server, in real processes; and servers whose plugin was sabotaged, which must not come up."""
 
 from __future__ import annotations
 

@@ -64,8 +64,10 @@ GAUGES = {
 
 def _export(info: dict) -> None:
     from prometheus_client import Gauge
+    from sglang.srt.runtime_context import get_parallel
 
-    labels = {"format": info["format"], "fingerprint": info["fingerprint"]}
+    ranks = {name: str(getattr(get_parallel(), name)) for name in ("tp_rank", "pp_rank")}
+    labels = {"format": info["format"], "fingerprint": info["fingerprint"], **ranks}
     for name, meaning in GAUGES.items():
         gauge = Gauge(f"saw_int4_kv_{name}", meaning, labelnames=list(labels), multiprocess_mode="mostrecent")
         gauge.labels(**labels).set(info[name])

@@ -30,6 +30,7 @@ def test_format_is_reported(int4_server):
     assert int4_server.text().count(f"serving [{expected.describe()}]") == 1
     metrics = int4_server.call("/metrics")
     line = next(line for line in metrics.splitlines() if line.startswith("saw_int4_kv_bytes_per_token{"))
+    assert 'tp_rank="0"' in line and 'pp_rank="0"' in line
     assert expected.fingerprint in line
     assert float(line.rsplit(" ", 1)[1]) == cache["bytes_per_token"] == 2 * 30 * 3 * 36
     for name in ("capacity_tokens", "allocated_bytes"):

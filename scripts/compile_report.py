@@ -89,7 +89,7 @@ OPERATORS = {
         "DecodeParams, DecodePlan",
         usual=((64, 1, 1), (128, 1, 1), (128, 2, 1), (128, 4, 1), (256, 1, 1), (64, 1, 2), (128, 1, 2), (128, 4, 2)),
         all=tuple((d, tiles, groups) for d in HEAD_DIMS for tiles in ROW_TILES.get(d, (1,)) for groups in (1, 2)),
-        needs=(r"HMMA\.16816", r"LDGSTS\S*\.128"),
+        needs=(r"HMMA\.16816|HGMMA\.64x32x16", r"LDGSTS\S*\.128"),
         narrow=r"LDG\.(?!\S*\.128)|LDS\.[US](8|16)",
         narrow_allowed=1,
     ),
@@ -117,14 +117,14 @@ SHAPES = """#include <cstdio>
 using namespace saw_int4;
 static void row(int warps, int shared, int codes) { std::printf("%d %d %d\\n", warps, shared, codes); }
 // 8 KV heads, groups of 4, 64 requests
-static void plan(int head_dim, int row_tiles, int groups, int per_sm, int per_block, bool sm_90) {
+static void plan(int head_dim, int row_tiles, int groups, int per_sm, int per_block) {
   const auto plan = decode_plan({head_dim, 32, 8, 64, 2 * row_tiles, false, groups}, {1, per_sm, per_block});
-  row(plan.warps, plan.shared_bytes, token_tiles(head_dim, row_tiles, groups, sm_90) * head_dim);
+  row(plan.warps, plan.shared_bytes, token_tiles(head_dim, row_tiles, groups) * head_dim);
 }
 int main() {
 """
 SHAPE_OF = {
-    "decode": "plan({0}, {1}, {2}, {per_sm}, {per_block}, {sm_90});",
+    "decode": "plan({0}, {1}, {2}, {per_sm}, {per_block});",
     "append": "row(kAppendThreads / 32, AppendInput<{0}, DType::{1}>::kSharedBytes, {0} / kAppendLanes<{0}>);",
     "gather": "row(kGatherThreads / 32, 0, 2 * {0} / kGatherLanes<{0}>);",
     "transform": "row(kTransformThreads / 32, 0, {0} / kTransformLanes<{0}>);",
@@ -171,7 +171,6 @@ def shapes(jobs: list[tuple[str, str, tuple]]) -> dict[tuple, Shape]:
             *instance,
             per_sm=ARCHS[arch].shared_per_sm,
             per_block=ARCHS[arch].shared_per_block,
-            sm_90="true" if arch == "90a" else "false",
         )
         for arch, op, instance in keys
     ]
@@ -227,7 +226,7 @@ class Kernel:
 
     def row(self, shape: Shape) -> str:
         loop = self.loop()
-        kinds = Counter(x.split()[0] for x in loop if re.match(r"HMMA|LDG|STG|LDS|STS|LDL|STL", x))
+        kinds = Counter(x.split()[0] for x in loop if re.match(r"HG?MMA|LDG|STG|LDS|STS|LDL|STL", x))
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         return (
             f"{'sm_' + self.arch:8} {self.name():24} {self.registers:4} {self.stack:5} {self.spills:6} "

@@ -101,6 +101,12 @@ CASES = {
     "rows_4": replace(BASE, q_lens=(4, 4, 4), seq_lens=(40, 4, 90)),
     "rows_16_of_a_head": replace(BASE, head_dim=128, num_q_heads=8, q_lens=(4, 1, 3), seq_lens=(70, 4, 200)),
     "rows_32_of_a_head": replace(BASE, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(70, 4, 200)),
+    # several stages of a wide pass; one head, which all warps share; references that move
+    "rows_32_long": replace(BASE, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(700, 4, 330)),
+    "rows_32_one_head": replace(BASE, num_q_heads=4, num_kv_heads=1, q_lens=(8, 1, 5), seq_lens=(1300, 4, 600)),
+    "rows_32_sharp": replace(
+        BASE, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(300, 4, 200), kv_scale=30.0, calibrated=True
+    ),
     "rows_ragged": replace(BASE, q_lens=(5, 1, 16), rotate_v=True, calibrated=True),
     "rows_none": replace(BASE, q_lens=(0, 1, 3)),
     "rows_16_group_8": replace(BASE, num_q_heads=8, num_kv_heads=1, q_lens=(16, 1, 7)),

@@ -15,7 +15,7 @@ SAW_INT4_DEVICE uint32_t shared_base() {
   return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared));
 }
 
-// T: uint16_t, uint32_t, int32_t, float, uint2, uint4, float2, float4.
+// T: uint16_t, uint32_t, int32_t, float, int2, uint2, uint4, float2, float4.
 template <typename T>
 SAW_INT4_DEVICE T ld_shared(uint32_t addr) {
   return *reinterpret_cast<const T*>(__cvta_shared_to_generic(addr));
@@ -52,14 +52,14 @@ SAW_INT4_DEVICE void prefetch_l2(const void* p) {
 template <int BYTES>
 SAW_INT4_DEVICE void cp_async_zfill(uint32_t dst, const void* src, bool valid) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
-  const int bytes = valid ? BYTES : 0;
   if constexpr (BYTES == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst),
-                 "l"(__cvta_generic_to_global(src)), "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.u32 p, %2, 0;\ncp.async.cg.shared.global.L2::128B [%0], [%1], 16, p;\n}" ::"r"(dst),
+        "l"(__cvta_generic_to_global(src)), "r"(static_cast<uint32_t>(valid))
+        : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(__cvta_generic_to_global(src)),
-                 "n"(BYTES), "r"(bytes)
+    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %3, 0;\ncp.async.ca.shared.global [%0], [%1], %2, p;\n}" ::"r"(dst),
+                 "l"(__cvta_generic_to_global(src)), "n"(BYTES), "r"(static_cast<uint32_t>(valid))
                  : "memory");
   }
 }

@@ -21,6 +21,12 @@ inline constexpr bool kMeasuredArch = true;
 #else
 inline constexpr bool kMeasuredArch = false;
 #endif
+// Whether a block may have kLargeSharedBytes of shared memory: sm_90, and sm_100 with its family.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 900 || (__CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200))
+inline constexpr bool kLargeShared = true;
+#else
+inline constexpr bool kLargeShared = false;
+#endif
 
 // Grids and blocks have one dimension.
 SAW_INT4_DEVICE int thread_index() {
@@ -44,6 +50,18 @@ SAW_INT4_DEVICE int warp_id() {
 
 SAW_INT4_DEVICE void block_sync() {
   __syncthreads();
+}
+// A barrier of the four warps that start at a multiple of four; and whether pred holds in any of their threads.
+SAW_INT4_DEVICE void four_warps_sync() {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory");
+}
+SAW_INT4_DEVICE bool four_warps_any(bool pred) {
+  uint32_t result;
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbar.red.or.pred q, %2, 128, p;\nselp.u32 %0, 1, 0, q;\n}"
+               : "=r"(result)
+               : "r"(static_cast<uint32_t>(pred)), "r"(1 + threadIdx.x / 128)
+               : "memory");
+  return result != 0;
 }
 SAW_INT4_DEVICE void warp_sync() {
   __syncwarp();

@@ -12,5 +12,6 @@
 #include "common/cuda_math.h"
 #include "common/cuda_memory.h"
 #include "common/cuda_mma.h"
+#include "common/cuda_shared_mma.h"
 #include "common/cuda_thread.h"
 #endif

@@ -9,6 +9,7 @@ struct DeviceLimits {
   int shared_bytes_per_block = 0;  // the most one block may ask for
 };
 
+inline constexpr int kLargeSharedBytes = 200 * 1024;  // of a block: dev::kLargeShared
 inline constexpr int kSharedReservedPerBlock = 1024;  // by CUDA, on every architecture
 
 }  // namespace saw_int4

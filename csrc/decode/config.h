@@ -14,33 +14,49 @@
 
 namespace saw_int4 {
 
-inline constexpr int kRowsPerTile = 8;     // query rows of one MMA
-inline constexpr int kTokensPerWarp = 32;  // tokens a warp takes from each stage
+inline constexpr int kRowsPerTile = 8;  // query rows of one MMA
+inline constexpr int kWideWays = 4;     // warps that share a head's tokens in a wide pass: those of a shared_mma
 // Batch-invariant launches: few pieces would leave a long context to few blocks, many cost memory and merging.
 inline constexpr int kInvariantPieces = 16;
 inline constexpr int kInvariantHeads = 4;
 inline constexpr int kMergeAtMost = 36;   // measured: README.md
 inline constexpr int kRecordPadding = 4;  // words of a stored row of a piece beside O (merge.cuh)
-inline constexpr int kMaxWarps = 8;
+inline constexpr int kNarrowWarps = 8;    // of a block, at most
+inline constexpr int kWideWarps = 16;
 inline constexpr int kMaxStages = 4;            // of all blocks of an SM together
-inline constexpr int kDecodeScratchBytes = 80;  // of a block, for the walk along its work
+inline constexpr int kDecodeScratchBytes = 96;  // of a block, for the walk along its work
 
 // Query-row tiles the kernel is compiled for, by head_dim: 8, 16 or 32 rows per pass over the keys.
 constexpr int max_row_tiles(int head_dim) {
   return head_dim == 64 || head_dim == 128 ? 4 : head_dim == 256 ? 2 : 1;
 }
 
-// Blocks of 8 warps per SM that the registers allow (128 or 255 per thread). Two groups per row have a second set of
-// products and weights.
-constexpr int blocks_by_registers(int head_dim, int row_tiles, int groups) {
-  if (groups > 1) return head_dim * row_tiles <= 128 && row_tiles <= 2 ? 2 : 1;
-  return head_dim <= 128 && row_tiles <= 2 ? 2 : 1;
+// Passes of up to 16 rows are narrow: a warp has tokens of its own and all channels of them (narrow.cuh). Wider ones
+// share tokens among four warps (wide.cuh).
+constexpr bool is_wide(int row_tiles) {
+  return row_tiles > 2;
 }
 
-// Tiles of 16 tokens that a warp takes at a time: two hide more latency, one needs fewer registers.
-constexpr int token_tiles(int head_dim, int row_tiles, int groups, bool measured_arch) {
-  if (groups > 1) return row_tiles == 1 || (head_dim == 128 && row_tiles == 2) ? 2 : 1;
-  return (head_dim == 128 && row_tiles == 2) || (row_tiles == 4 && !measured_arch) ? 1 : 2;
+// Most warps of a block, and blocks of so many per SM that the registers allow (128 or 255 per thread). Two groups per
+// row have a second set of products and weights; 16 warps need much shared memory.
+constexpr int max_warps(int row_tiles, int groups, bool large_shared) {
+  return is_wide(row_tiles) && groups == 1 && large_shared ? kWideWarps : kNarrowWarps;
+}
+constexpr int blocks_by_registers(int head_dim, int row_tiles, int groups) {
+  if (is_wide(row_tiles)) return 1;
+  if (groups > 1) return head_dim * row_tiles <= 128 ? 2 : 1;
+  return head_dim <= 128 ? 2 : 1;
+}
+
+// Tokens that a warp takes of each stage, and tiles of 16 of them that it takes at a time: two hide more latency, one
+// needs fewer registers.
+constexpr int tokens_per_warp(int row_tiles, int groups) {
+  return is_wide(row_tiles) && groups > 1 ? 16 : 32;
+}
+constexpr int token_tiles(int head_dim, int row_tiles, int groups) {
+  if (is_wide(row_tiles)) return tokens_per_warp(row_tiles, groups) / 16;
+  if (groups > 1) return row_tiles == 1 || head_dim == 128 ? 2 : 1;
+  return head_dim == 128 && row_tiles == 2 ? 1 : 2;
 }
 
 // Tiles are what work is divided into. With one row tile they are half a stage, so that short contexts reach twice as
@@ -58,14 +74,25 @@ constexpr int query_words_per_lane(int head_dim) {
   return (head_dim + 31) / 32;
 }
 
-// Shared memory for the score terms of one query row: 2 numbers, 2 for each group, and padding.
+// Shared memory for the score terms of one query row: 4 numbers, and two more of the second group, padded. In wide
+// passes, another 8 bytes a group for what accumulators start from (query.cuh).
 constexpr int score_terms_bytes(int groups) {
   return 16 * groups;
+}
+constexpr int score_starts_bytes(int row_tiles, int groups) {
+  return is_wide(row_tiles) ? 8 * groups : 0;
 }
 
 // Shared memory for the fragments and score terms of one KV head.
 constexpr int query_bytes(int head_dim, int row_tiles, int groups) {
-  return row_tiles * (query_words_per_lane(head_dim) * 512 + kRowsPerTile * score_terms_bytes(groups));
+  return row_tiles * (query_words_per_lane(head_dim) * 512 +
+                      kRowsPerTile * (score_terms_bytes(groups) + score_starts_bytes(row_tiles, groups)));
+}
+
+// Shared memory where four warps of a wide pass meet: the weights of their tokens, the reference logits of their rows.
+constexpr int four_warps_bytes(int row_tiles, int groups) {
+  const int rows = row_tiles * kRowsPerTile;
+  return kWideWays * tokens_per_warp(row_tiles, groups) * rows * 2 * groups + rows * 4;
 }
 
 // Shapes of a launch, known at capture time.
@@ -87,7 +114,8 @@ struct DecodePlan {
   int heads_shift = 0;       // its logarithm
   int head_groups = 0;       // num_kv_heads / heads_per_block
   int column_shift = 0;      // of the grid (schedule.h)
-  int ways = 0;              // warps that share a KV head, each with other tokens
+  int ways = 0;              // warps that share a KV head, each with other tokens; a power of two
+  int ways_shift = 0;        // its logarithm
   int tile_tokens = 0;       // a power of two
   int tile_shift = 0;        // its logarithm
   int max_pieces = 0;        // of a run in a batch-invariant launch, else 0 (schedule.h)
@@ -95,7 +123,7 @@ struct DecodePlan {
   uint32_t group_magic = 0;  // mul_hi(i, group_magic) == i / group for i < 2^16 and group > 1
   int rows_per_head = 0;     // query rows of a KV head and pass that may be in use
   int stages = 0;            // in shared memory
-  int stage_tokens = 0;      // ways * kTokensPerWarp
+  int stage_tokens = 0;      // ways * tokens_per_warp
   int chunk_bytes = 0;       // of one cp.async: 16, 8 or 4
   int chunks_per_token = 0;  // that cover heads_per_block rows
   uint32_t chunk_magic = 0;  // mul_hi(i, chunk_magic) == i / chunks_per_token for i < 2^16
@@ -103,6 +131,7 @@ struct DecodePlan {
   int stage_bytes = 0;       // K and V of one stage
   int stages_bytes = 0;      // of shared memory for stages and merges
   int query_offset = 0;      // byte positions in shared memory, after the stages
+  int fours_offset = 0;      // where each four warps meet
   int slots_offset = 0;
   int rows_offset = 0;
   int scratch_offset = 0;
@@ -131,22 +160,26 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   plan.head_groups = shape.num_kv_heads / plan.heads_per_block;
   for (plan.heads_shift = 0; (1 << plan.heads_shift) < plan.heads_per_block;) ++plan.heads_shift;
   plan.ways = plan.warps / plan.heads_per_block;
-  plan.stage_tokens = plan.ways * kTokensPerWarp;
+  for (plan.ways_shift = 0; (1 << plan.ways_shift) < plan.ways;) ++plan.ways_shift;
+  plan.stage_tokens = plan.ways * tokens_per_warp(plan.row_tiles, shape.groups);
   plan.tile_tokens = plan.stage_tokens / tiles_per_stage(plan.row_tiles);
   for (plan.tile_shift = 0; (1 << plan.tile_shift) < plan.tile_tokens;) ++plan.tile_shift;
   plan.group = shape.num_q_heads / shape.num_kv_heads;
   plan.group_magic = reciprocal(plan.group);
   plan.rows_per_head = std::min(plan.group * shape.max_q_len, kRowsPerTile * plan.row_tiles);
   plan.stage_bytes = 2 * plan.stage_tokens * plan.token_stride;
-  // The stages double as the place where the warps of a block merge one row tile. Before that, the last of them, which
-  // is filled last, is where a query passes through that is to stay in registers.
-  const int merge_bytes = plan.warps * kRowsPerTile * (shape.head_dim + kRecordPadding) * 4;
+  // The stages double as the place where a piece is put together: of one row tile and every warp, or, after a wide
+  // pass, of all rows and every four. Before that, the last of them, which is filled last, is where a query passes
+  // through that is to stay in registers.
+  const bool wide = is_wide(plan.row_tiles), in_registers = query_in_registers(plan.row_tiles);
+  const int fours = wide ? plan.warps / kWideWays : 0;
+  const int records = (wide ? fours * plan.row_tiles : plan.warps) * kRowsPerTile;
   const int query = plan.heads_per_block * query_bytes(shape.head_dim, plan.row_tiles, shape.groups);
-  const bool in_registers = query_in_registers(plan.row_tiles);
   if (in_registers) plan.stage_bytes = std::max(plan.stage_bytes, query);
-  plan.stages_bytes = std::max(plan.stages * plan.stage_bytes, merge_bytes);
+  plan.stages_bytes = std::max(plan.stages * plan.stage_bytes, records * (shape.head_dim + kRecordPadding) * 4);
   plan.query_offset = in_registers ? (plan.stages - 1) * plan.stage_bytes : plan.stages_bytes;
-  plan.slots_offset = in_registers ? plan.stages_bytes : plan.stages_bytes + query;
+  plan.fours_offset = in_registers ? plan.stages_bytes : plan.stages_bytes + query;
+  plan.slots_offset = plan.fours_offset + fours * four_warps_bytes(plan.row_tiles, shape.groups);
   plan.rows_offset = plan.slots_offset + plan.stages * plan.stage_tokens * 4;
   plan.scratch_offset = plan.rows_offset + kRowsPerTile * plan.row_tiles * 16;
   plan.shared_bytes = plan.scratch_offset + kDecodeScratchBytes;
@@ -162,12 +195,16 @@ inline int64_t merge_pieces(const DecodePlan& plan, const DecodeShape& shape) {
 
 // KV heads in one block: the more, the longer the contiguous runs that are read; the fewer, the less there is to
 // merge when few requests fill the machine (kMergeAtMost). False when no pipeline of two stages fits.
-inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLimits& device) {
-  const int most_heads = shape.batch_invariant ? kInvariantHeads : plan.warps;
-  for (int heads = most_heads; heads >= 1; heads /= 2) {
+inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLimits& device, int warps,
+                     int most_warps) {
+  const bool wide = is_wide(plan.row_tiles);
+  plan.warps = warps;
+  int heads = wide ? warps / kWideWays : warps;
+  if (shape.batch_invariant) heads = std::min(heads, kInvariantHeads);
+  for (; heads >= 1; heads /= 2) {
     if (shape.num_kv_heads % heads != 0) continue;
     plan.heads_per_block = heads;
-    const int most = blocks_by_registers(shape.head_dim, plan.row_tiles, shape.groups) * (kMaxWarps / plan.warps);
+    const int most = blocks_by_registers(shape.head_dim, plan.row_tiles, shape.groups) * (most_warps / plan.warps);
     bool fits = false;
     for (int per_sm = most; per_sm >= 1 && !fits; --per_sm) {
       const int budget =
@@ -193,8 +230,9 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
   plan.row_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
   plan.row_tiles = std::min(plan.row_tiles, max_row_tiles(shape.head_dim));
   plan.max_pieces = shape.batch_invariant ? kInvariantPieces : 0;
-  for (plan.warps = kMaxWarps; plan.warps >= 4; plan.warps /= 2)
-    if (try_plan(plan, shape, device)) return plan;
+  const int most = max_warps(plan.row_tiles, shape.groups, device.shared_bytes_per_block >= kLargeSharedBytes);
+  for (int warps = most; warps >= 4; warps /= 2)
+    if (try_plan(plan, shape, device, warps, most)) return plan;
   throw std::runtime_error("decode_attention: a block needs " + std::to_string(plan.shared_bytes) +
                            " bytes of shared memory for head_dim " + std::to_string(shape.head_dim) +
                            ", the device offers " + std::to_string(device.shared_bytes_per_block));
@@ -206,9 +244,9 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
 inline int64_t decode_workspace_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim,
                                       bool batch_invariant) {
   const int64_t rows = num_query_rows * num_q_heads;
-  // Rows in flight per SM: 16 warps x 8 or 16 rows, or 8 warps x 32; up to 4 blocks share the rows of one request, and
-  // a block has two pieces. Batch-invariant: every piece of every row, whose last pass may be half empty.
-  const int64_t rows_per_sm = std::min<int64_t>(kMaxWarps * kRowsPerTile * 4, 4 * rows);
+  // Rows in flight per SM: 16 warps x 8 or 16 rows, or a quarter of 16 warps x 32; up to 4 blocks share the rows of one
+  // request, and a block has two pieces. Batch-invariant: every piece of every row, whose last pass may be half empty.
+  const int64_t rows_per_sm = std::min<int64_t>(16 * 2 * kRowsPerTile, 4 * rows);
   const int64_t records = batch_invariant ? 2 * kInvariantPieces * rows : 2 * sm_count * rows_per_sm;
   return (records * (head_dim + kRecordPadding) + rows) * 4;
 }

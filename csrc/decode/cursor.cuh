@@ -118,6 +118,19 @@ class Cursor {
     const auto i = [](uint32_t x) { return static_cast<int>(x); };
     return {i(a.x), i(a.y), i(a.z), i(a.w), dev::ld_shared<int32_t>(scratch_ + kShareAt + 16)};
   }
+  // The same for where a piece's rows go: for kernels that have no registers to keep it in.
+  SAW_INT4_DEVICE void keep_rows(const Piece& piece) const {
+    const auto u = [](int x) { return static_cast<uint32_t>(x); };
+    dev::st_shared(scratch_ + kRowsAt,
+                   uint4{u(piece.rows.first_token), u(piece.rows.first_row), u(piece.rows.rows), u(piece.kv_head)});
+  }
+  SAW_INT4_DEVICE void recall_rows(Piece& piece) const {
+    const auto kept = dev::ld_shared<uint4>(scratch_ + kRowsAt);
+    piece.rows.first_token = static_cast<int>(kept.x);
+    piece.rows.first_row = static_cast<int>(kept.y);
+    piece.rows.rows = static_cast<int>(kept.z);
+    piece.kv_head = static_cast<int>(kept.w);
+  }
   static SAW_INT4_DEVICE Share share(const DecodePlan& plan, const Piece& piece) {
     const BlockPlace here = place(plan);
     if (plan.max_pieces > 0)
@@ -133,7 +146,8 @@ class Cursor {
 
  private:
   static constexpr int kShareAt = 32;
-  static_assert(kShareAt + 20 <= kFreeAt && kFreeAt + 16 <= kDecodeScratchBytes);
+  static constexpr int kRowsAt = kFreeAt + 16;
+  static_assert(kShareAt + 20 <= kFreeAt && kRowsAt + 16 <= kDecodeScratchBytes);
   uint32_t scratch_;
 
   static SAW_INT4_DEVICE int units_of(const DecodePlan& plan, int64_t window, const Request& r) {

@@ -17,23 +17,31 @@ inline constexpr float kCodeBias = 1024.f;
 inline constexpr float kOddPairFactor = 16.f;  // pairs 1 and 3 of a word come multiplied by it
 inline constexpr float kCodeCentre = 8.f;
 
+// The nibbles at bit 4*nibble of the two halves of w, nibble 0 or 1, as kCodeBias + code * (kOddPairFactor for nibble
+// 1).
+SAW_INT4_DEVICE uint32_t biased_pair(uint32_t w, int nibble) {
+  return dev::lop3_and_or(w, nibble == 0 ? 0x000f000fu : 0x00f000f0u, 0x64006400u);
+}
+
 // pairs[i]: channels 2i and 2i + 1 of word w, as kCodeBias + code * (i odd ? kOddPairFactor : 1).
 SAW_INT4_DEVICE void biased_codes(uint32_t w, uint32_t (&pairs)[4]) {
   const uint32_t high = w >> 8;
-  pairs[0] = dev::lop3_and_or(w, 0x000f000fu, 0x64006400u);
-  pairs[1] = dev::lop3_and_or(w, 0x00f000f0u, 0x64006400u);
-  pairs[2] = dev::lop3_and_or(high, 0x000f000fu, 0x64006400u);
-  pairs[3] = dev::lop3_and_or(high, 0x00f000f0u, 0x64006400u);
+  SAW_INT4_UNROLL
+  for (int i = 0; i < 4; ++i) pairs[i] = biased_pair(i < 2 ? w : high, i % 2);
+}
+
+// The nibbles at bit 4*nibble of the two halves of w, nibble 0 or 1, as code - kCodeCentre.
+SAW_INT4_DEVICE uint32_t centred_pair(uint32_t w, int nibble) {
+  const uint32_t biased = biased_pair(w, nibble);
+  return dev::fma_f16x2(biased, nibble == 0 ? 0x3c003c00u : 0x2c002c00u,  // 1 * x - 1032
+                        nibble == 0 ? 0xe408e408u : 0xd480d480u);         // x / 16 - 72
 }
 
 // pairs[i]: the nibbles at bit 4i of the two halves of w, as code - kCodeCentre.
 SAW_INT4_DEVICE void centred_codes(uint32_t w, uint32_t (&pairs)[4]) {
-  biased_codes(w, pairs);
+  const uint32_t high = w >> 8;
   SAW_INT4_UNROLL
-  for (int i = 0; i < 4; i += 2) {
-    pairs[i] = dev::fma_f16x2(pairs[i], 0x3c003c00u, 0xe408e408u);          // 1 * x - 1032
-    pairs[i + 1] = dev::fma_f16x2(pairs[i + 1], 0x2c002c00u, 0xd480d480u);  // x / 16 - 72
-  }
+  for (int i = 0; i < 4; ++i) pairs[i] = centred_pair(i < 2 ? w : high, i % 2);
 }
 
 }  // namespace saw_int4

@@ -21,6 +21,7 @@ struct TileSource {
 
 // Slot of a token, or kPastEnd.
 inline constexpr int kPastEnd = INT32_MIN;
+inline constexpr int kNoSlot = INT32_MIN + 1;  // of a thread that fetches none
 SAW_INT4_DEVICE int fetch_slot(const TileSource& source, int token) {
   return token < source.end_token ? dev::ld_global(source.slots + token) : kPastEnd;
 }
@@ -41,9 +42,10 @@ SAW_INT4_DEVICE void copy_chunks(const DecodeParams& p, const DecodePlan& plan, 
     const int token = static_cast<int>(dev::mul_hi(static_cast<uint32_t>(i), plan.chunk_magic));
     const int chunk = i - token * plan.chunks_per_token;
     const int slot = dev::ld_shared<int32_t>(slots_addr + 4 * token);
-    const bool valid = slot >= 0;
-    const int64_t from =
-        static_cast<int64_t>(valid ? slot : 0) * source.token_bytes + (source.head_bytes + chunk * BYTES);
+    const bool valid = slot != kPastEnd;
+    // Of a slot past the end nothing is read, wherever this points.
+    const uint64_t from = dev::mul_wide(static_cast<uint32_t>(slot), static_cast<uint32_t>(source.token_bytes)) +
+                          static_cast<uint32_t>(source.head_bytes + chunk * BYTES);
     const uint32_t to = stage_addr + token * plan.token_stride + chunk * BYTES;
     dev::cp_async_zfill<BYTES>(to, p.k_cache + from, valid);
     dev::cp_async_zfill<BYTES>(to + v_stage, p.v_cache + from, valid);

@@ -2,9 +2,9 @@
 // and rounded to fp16, so that outliers neither overflow nor flush their row.
 //
 // The warps of a block share the rows of all its heads: a row is transformed once, by 16 or 32 lanes that hold 4 or 8
-// neighbouring channels each, and left in shared memory as the fragments that every warp of its head then reads. There
-// lane = 4g + c finds, of query row g of each row tile, the channels of words 4j + c, j = 0, 1, ...: exactly what the
-// B fragments of k-steps 2j and 2j + 1 need.
+// neighbouring channels each, and left in shared memory for every warp of its head: in narrow passes as the fragments
+// that go to registers, where lane = 4g + c finds, of query row g, the channels of words 4j + c, j = 0, 1, ...: exactly
+// what the B fragments of k-steps 2j and 2j + 1 need; in wide ones as the matrices that shared_mma takes.
 //
 // Scores (in units of log2): a key with codes x, scale a and offset o gives
 //     k * (a * (q'.biased(x) - 1024 sum(r)) + o * qsum) + c0,    r: the rounded operands
@@ -32,61 +32,28 @@ SAW_INT4_DEVICE void widen_four(const uint2& v, bool is_fp16, float* x) {
   }
 }
 
-// What turns the accumulators of query rows 8*nt + 2c + u, u = 0, 1, into logits: see above.
-template <int kGroups>
-struct ScoreTerms {
-  float k, bias[kGroups], qsum[kGroups], c0;  // bias and qsum are multiplied by k already
-};
-
+// Where the query of one KV head lies in shared memory.
 template <int D, int NT, int kGroups>
-struct Query {
-  static constexpr int kWords = query_words_per_lane(D);
-  static constexpr bool kInRegisters = query_in_registers(NT);
-  static constexpr int kTermsAt = NT * kWords * 512;  // bytes of fragments before the terms, in shared memory
+struct QueryLayout {
+  static constexpr bool kWide = is_wide(NT);
+  static constexpr int kWords = query_words_per_lane(D);          // of a lane, in narrow passes
   static constexpr int kTermsBytes = score_terms_bytes(kGroups);  // of a row
-  static_assert(kTermsAt + NT * kRowsPerTile * kTermsBytes == query_bytes(D, NT, kGroups));
+  static constexpr int kTermsAt = NT * kWords * 512;              // bytes of fragments before the terms
+  static constexpr int kStartsAt = kTermsAt + NT * kRowsPerTile * kTermsBytes;
+  static constexpr int kBytes = kStartsAt + NT * kRowsPerTile * score_starts_bytes(NT, kGroups);
+  static_assert(kBytes == query_bytes(D, NT, kGroups));
 
-  uint4 registers[kInRegisters ? NT : 1][kInRegisters ? kWords : 1];
-  ScoreTerms<kGroups> register_terms[kInRegisters ? NT : 1][2];
-  uint32_t shared;  // address of the KV head's fragments and terms
-
-  SAW_INT4_DEVICE uint4 fragment(int nt, int j) const {
-    return kInRegisters ? registers[nt][j] : shared_fragment(nt, j);
+  // The pair of channels 2i, 2i + 1 of a word, for one row.
+  static SAW_INT4_DEVICE int pair_at(int row, int word, int i) {
+    const int nt = row / kRowsPerTile, g = row % kRowsPerTile, j = word / 4, c = word % 4;
+    // Wide: k-step 2j + i/2, its half i % 2, matrix nt, run g.
+    if constexpr (kWide) return ((4 * j + i) * NT + nt) * 128 + g * 16 + c * 4;
+    return (nt * kWords + j) * 512 + (4 * g + c) * 16 + 4 * i;
   }
-  SAW_INT4_DEVICE ScoreTerms<kGroups> terms(int nt, int u) const {
-    return kInRegisters ? register_terms[nt][u] : shared_terms(nt, u);
-  }
-  // Takes the head's rows out of shared memory for good, where registers have room for them.
-  SAW_INT4_DEVICE void load() {
-    if constexpr (kInRegisters) {
-      SAW_INT4_UNROLL
-      for (int nt = 0; nt < NT; ++nt) {
-        SAW_INT4_UNROLL
-        for (int j = 0; j < kWords; ++j) registers[nt][j] = shared_fragment(nt, j);
-        SAW_INT4_UNROLL
-        for (int u = 0; u < 2; ++u) register_terms[nt][u] = shared_terms(nt, u);
-      }
-    }
-  }
-
- private:
-  SAW_INT4_DEVICE uint4 shared_fragment(int nt, int j) const {
-    return dev::ld_shared<uint4>(shared + (nt * kWords + j) * 512 + dev::lane_id() * 16);
-  }
-  SAW_INT4_DEVICE ScoreTerms<kGroups> shared_terms(int nt, int u) const {
-    const int row = nt * kRowsPerTile + 2 * (dev::lane_id() % 4) + u;
-    const auto first = dev::ld_shared<float4>(shared + kTermsAt + row * kTermsBytes);
-    ScoreTerms<kGroups> t;
-    t.k = first.x;
-    t.bias[0] = first.y;
-    t.qsum[0] = first.z;
-    t.c0 = first.w;
-    if constexpr (kGroups > 1) {
-      const auto second = dev::ld_shared<float2>(shared + kTermsAt + row * kTermsBytes + 16);
-      t.bias[1] = second.x;
-      t.qsum[1] = second.y;
-    }
-    return t;
+  static SAW_INT4_DEVICE int terms_at(int row) { return kTermsAt + row * kTermsBytes; }
+  // Of rows 8*nt + 2c, 2c + 1: what four accumulators start from.
+  static SAW_INT4_DEVICE int starts_at(int group, int nt, int c) {
+    return kStartsAt + (group * NT + nt) * (kRowsPerTile / 2 * 16) + c * 16;
   }
 };
 
@@ -135,11 +102,12 @@ SAW_INT4_DEVICE RawQuery<D> fetch_query(const DecodeParams& p, const QueryRows& 
   return raw;
 }
 
-// The lane's channels as MMA operands; the row's terms, the same in all its lanes.
+// The lane's channels as MMA operands; what scores are made of (above), the same in all the row's lanes.
 template <int D, int kGroups>
 struct TransformedQuery {
   uint32_t pairs[QueryLanes<D>::kChannels / 2] = {};
-  ScoreTerms<kGroups> terms{};
+  float bias[kGroups] = {}, qsum[kGroups] = {};  // kCodeBias times the sum of the operands; of what they multiply
+  float k = 0.f, c0 = 0.f, c0_per_k = 0.f;
 };
 
 // channel: the lane's first, of all KV heads; in_row: the lane has any.
@@ -223,37 +191,62 @@ SAW_INT4_DEVICE TransformedQuery<D, kGroups> transform_row(const DecodeParams& p
     mean_score += dev::shfl_xor(mean_score, mask);
   }
   const float norm = order == kFullOrder ? hadamard_norm(kFullOrder) : hadamard_norm(order);
-  const float unit = p.sm_scale * kLog2e, k = unit * norm * grow;
-  q.terms.k = k;
+  const float unit = p.sm_scale * kLog2e;
+  q.k = unit * norm * grow;
   SAW_INT4_UNROLL
   for (int g = 0; g < kGroups; ++g) {
-    q.terms.bias[g] = k * (kCodeBias * rounded_sum[g]);
-    q.terms.qsum[g] = k * qsum[g];
+    q.bias[g] = kCodeBias * rounded_sum[g];
+    q.qsum[g] = qsum[g];
   }
-  q.terms.c0 = unit * mean_score;
+  q.c0 = unit * mean_score;
+  q.c0_per_k = dev::div_rn(mean_score * shrink, norm);  // k itself may be 0
   return q;
+}
+
+// What the row's scores need beside its fragments, to shared memory. Narrow passes have it multiplied by k; wide ones
+// multiply last.
+template <int D, int NT, int kGroups>
+SAW_INT4_DEVICE void store_terms(uint32_t query, int row, const TransformedQuery<D, kGroups>& q) {
+  using Layout = QueryLayout<D, NT, kGroups>;
+  const uint32_t terms = query + Layout::terms_at(row);
+  if constexpr (Layout::kWide) {
+    dev::st_shared(terms, float4{q.k, q.qsum[0], q.c0_per_k, 0.f});
+    if constexpr (kGroups > 1) dev::st_shared(terms + 16, q.qsum[1]);
+    const int in_tile = row % kRowsPerTile;
+    SAW_INT4_UNROLL
+    for (int g = 0; g < kGroups; ++g) {
+      const uint32_t start = query + Layout::starts_at(g, row / kRowsPerTile, in_tile / 2) + in_tile % 2 * 4;
+      dev::st_shared(start, -q.bias[g]);
+      dev::st_shared(start + 8, -q.bias[g]);
+    }
+  } else {
+    dev::st_shared(terms, float4{q.k, q.k * q.bias[0], q.k * q.qsum[0], q.c0});
+    if constexpr (kGroups > 1) dev::st_shared(terms + 16, float2{q.k * q.bias[1], q.k * q.qsum[1]});
+  }
 }
 
 // Transforms one turn's rows to fragments and terms in shared memory; rows not in use become zeros.
 template <int kGroups, int D, int NT>
 SAW_INT4_DEVICE void transform_query(const DecodeParams& p, int kv_head, const QueryTurns<D, NT>& turns, int turn,
                                      const RawQuery<D>& raw, uint32_t shared) {
-  using Fragments = Query<D, NT, kGroups>;
+  using Layout = QueryLayout<D, NT, kGroups>;
   const int channel = QueryLanes<D>::channel(), row = turns.row(turn), head = turns.head(turn);
   TransformedQuery<D, kGroups> q;
   if (turns.any_used(turn)) q = transform_row<kGroups>(p, raw, (kv_head + head) * D + channel, turns.used(turn));
-  const uint32_t at = shared + head * query_bytes(D, NT, kGroups);
-  const int word = channel / kCodesPerWord, nt = row / kRowsPerTile, g = row % kRowsPerTile;
-  const uint32_t fragment = at + (nt * Fragments::kWords + word / 4) * 512 + (4 * g + word % 4) * 16;
+  const uint32_t at = shared + head * Layout::kBytes;
+  const int word = channel / kCodesPerWord;
   SAW_INT4_UNROLL
-  for (int i = 0; i < QueryLanes<D>::kChannels / 2; i += 2)
-    if (word < 4 * Fragments::kWords)
-      dev::st_shared(fragment + channel % kCodesPerWord * 2 + 4 * i, uint2{q.pairs[i], q.pairs[i + 1]});
-  if (channel == 0) {
-    const uint32_t terms = at + Fragments::kTermsAt + row * Fragments::kTermsBytes;
-    dev::st_shared(terms, float4{q.terms.k, q.terms.bias[0], q.terms.qsum[0], q.terms.c0});
-    if constexpr (kGroups > 1) dev::st_shared(terms + 16, float2{q.terms.bias[1], q.terms.qsum[1]});
+  for (int i = 0; i < QueryLanes<D>::kChannels / 2; i += 2) {
+    if (word >= 4 * Layout::kWords) continue;
+    const int pair = channel % kCodesPerWord / 2 + i;
+    if constexpr (Layout::kWide) {
+      dev::st_shared(at + Layout::pair_at(row, word, pair), q.pairs[i]);
+      dev::st_shared(at + Layout::pair_at(row, word, pair + 1), q.pairs[i + 1]);
+    } else {
+      dev::st_shared(at + Layout::pair_at(row, word, pair), uint2{q.pairs[i], q.pairs[i + 1]});
+    }
   }
+  if (channel == 0) store_terms<D, NT>(at, row, q);
 }
 
 }  // namespace saw_int4

@@ -44,6 +44,7 @@ using emulator::machine;
 using emulator::Site;
 
 inline constexpr bool kMeasuredArch = true;
+inline constexpr bool kLargeShared = true;
 
 inline int thread_index() {
   return machine().current().index;
@@ -63,6 +64,12 @@ inline int lane_id() {
 
 inline void block_sync(Site site = Site::current()) {
   machine().block_sync(site);
+}
+inline bool four_warps_any(bool predicate, Site site = Site::current()) {
+  return machine().four_warps_any(predicate, site);
+}
+inline void four_warps_sync(Site site = Site::current()) {
+  machine().four_warps_any(false, site);
 }
 inline void warp_sync(Site site = Site::current()) {
   machine().warp_sync(site);
@@ -149,6 +156,44 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint3
 }
 inline uint32_t movmatrix_trans_b16(uint32_t row_pair, Site site = Site::current()) {
   return machine().collective<uint32_t>("movmatrix_trans_b16", site, row_pair, emulator::movmatrix_trans);
+}
+
+// Each lane reads some runs of the matrices, as ldmatrix would, and the warp multiplies; the other warps of a wgmma do
+// the same for themselves. The sums are out of sight until shared_mma_end.
+template <bool kRowsOfB>
+void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b, Site site = Site::current()) {
+  auto& self = machine().current();
+  std::vector<float>& sums = machine().product(&d[0][0], site);
+  machine().use_operands(a, site);
+  for (int nt = 0; nt < 4; ++nt) {
+    emulator::Run run;
+    const uint32_t at = b + (self.lane / 8 % 2 * 4 + nt) * 128 + self.lane % 8 * 16;
+    self.block->shared.read_operand(&run, at, sizeof run, self.index, self.block->clocks, site);
+    const auto fragment =
+        machine().collective<emulator::BFragment>("shared_mma", site, run, emulator::fragment_of_runs<kRowsOfB>);
+    float tile[4];
+    std::copy_n(sums.begin() + 4 * nt, 4, tile);
+    detail::mma<emulator::Element::kHalf>(tile, a, fragment.b, "shared_mma", site);
+    std::copy_n(tile, 4, sums.begin() + 4 * nt);
+  }
+}
+inline void shared_mma_start(float (&d)[4][4], Site site = Site::current()) {
+  machine().start_product(&d[0][0], 16, site);
+}
+inline void shared_mma_end(float (&d)[4][4], Site site = Site::current()) {
+  machine().end_product(&d[0][0], site);
+}
+template <int R>
+void shared_mma_begin(uint32_t (&)[R][4]) {}
+inline void shared_mma_commit() {
+  machine().commit_products();
+}
+template <int N, int R>
+void shared_mma_wait(uint32_t (&)[R][4]) {
+  machine().wait_for_products(N);
+}
+inline void publish_shared() {
+  machine().current().block->shared.publish(machine().current().index);
 }
 
 // ---- memory ----
@@ -240,6 +285,9 @@ inline int32_t max3(int32_t a, int32_t b, int32_t c) {
 }
 inline uint32_t max3(uint32_t a, uint32_t b, uint32_t c) {
   return std::max({a, b, c});
+}
+inline uint64_t mul_wide(uint32_t a, uint32_t b) {
+  return uint64_t{a} * b;
 }
 inline uint32_t mul_hi(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);

@@ -110,4 +110,26 @@ inline void movmatrix_trans(const uint32_t* in, uint32_t* out) {
   }
 }
 
+// Eight 16-bit values of a matrix in shared memory; lanes 0-7 hold the runs of rows 0-7 of B (kRowsOfB), or of its
+// columns' first eight values, lanes 8-15 the others.
+struct Run {
+  uint16_t values[8];
+};
+struct BFragment {
+  uint32_t b[2];
+};
+template <bool kRowsOfB>
+void fragment_of_runs(const Run* in, BFragment* out) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int r = 0; r < 2; ++r) {
+      out[lane].b[r] = 0;
+      for (int half = 0; half < 2; ++half) {
+        const int row = 2 * (lane % 4) + half, column = lane / 4;
+        const uint32_t bits = kRowsOfB ? in[8 * r + row].values[column] : in[8 * r + column].values[row];
+        out[lane].b[r] |= bits << (16 * half);
+      }
+    }
+  }
+}
+
 }  // namespace saw_int4::emulator

@@ -1,6 +1,8 @@
 #include "emulator/machine.h"
 
+#include <cmath>
 #include <numeric>
+#include <utility>
 
 namespace saw_int4::emulator {
 
@@ -95,6 +97,8 @@ void Machine::start(Block& block, int index) {
   block.index = index;
   block.live = true;
   block.warps_at_barrier = 0;
+  block.warps_at_fours = 0;
+  block.vote.fill(false);
   block.shared.reset(shared_bytes_);
   block.clocks.reset();
   const int num_warps = block_threads_ / kWarpSize;
@@ -116,6 +120,9 @@ void Machine::start(Block& block, int index) {
     thread.block = &block;
     thread.copies.clear();
     thread.groups.clear();
+    thread.products.clear();
+    thread.operands.clear();
+    thread.product_groups = 0;
     thread.stack.prepare(thread.context, &Machine::run_thread);
   }
 }
@@ -178,6 +185,9 @@ void Machine::check_exit(const Thread& thread) {
   }
   if (!thread.copies.empty()) {
     stop(thread.copies.front().site, "thread exits with a cp.async that was never waited for");
+  }
+  if (!thread.operands.empty()) {
+    stop(thread.operands.front().site, "thread exits with a shared_mma that was never waited for");
   }
 }
 
@@ -249,6 +259,39 @@ void Machine::block_sync(const Site& site) {
   yield();
 }
 
+bool Machine::four_warps_any(bool vote, const Site& site) {
+  const char* const what = "a barrier of four warps";
+  arrive(what, site);
+  Block& block = *current_->block;
+  Warp& warp = *current_->warp;
+  const int four = warp.index / 4, first = 4 * four;
+  const uint32_t all = 0xfu << first;
+  if (first + 4 > static_cast<int>(block.warps.size())) stop(site, "four warps that the block does not have");
+  block.vote[four] = block.vote[four] || vote;
+  if (!last_to_arrive()) {
+    park();
+    return block.outcome[four];
+  }
+  if ((block.warps_at_fours & all) == 0) block.fours_site[four] = site;
+  if (!same_site(block.fours_site[four], site)) {
+    stop(site, text("divergent barrier: warp ", warp.index, " is here, with other warps waiting at ",
+                    name_site(block.fours_site[four])));
+  }
+  block.warps_at_fours |= 1u << warp.index;
+  warp.at_barrier = true;
+  if ((block.warps_at_fours & all) != all) {
+    park();
+    return block.outcome[four];
+  }
+  if (!block.clocks.join(all)) stop(site, "more barriers than the emulator can count");
+  block.warps_at_fours &= ~all;
+  block.outcome[four] = std::exchange(block.vote[four], false);
+  for (int i = first; i < first + 4; ++i) release(*block.warps[i]);
+  const bool outcome = block.outcome[four];
+  yield();
+  return outcome;
+}
+
 std::string Machine::describe_stall(const Block& block) const {
   std::string what = "deadlock:";
   for (const auto& warp : block.warps) {
@@ -261,6 +304,48 @@ std::string Machine::describe_stall(const Block& block) const {
     }
   }
   return what;
+}
+
+void Machine::start_product(float* d, int n, const Site& site) {
+  for (const Product& product : current_->products) {
+    if (product.d == d) stop(site, "shared_mma_start of sums that are under way");
+  }
+  current_->products.push_back({d, {d, d + n}});
+  std::fill(d, d + n, std::nanf(""));
+}
+
+std::vector<float>& Machine::product(const float* d, const Site& site) {
+  for (Product& product : current_->products) {
+    if (product.d == d) return product.sums;
+  }
+  stop(site, "shared_mma of sums without shared_mma_start");
+}
+
+void Machine::end_product(float* d, const Site& site) {
+  if (!current_->operands.empty()) {
+    stop(site,
+         text("shared_mma_end before a shared_mma was waited for (", name_site(current_->operands.front().site), ")"));
+  }
+  std::ranges::copy(product(d, site), d);
+  std::erase_if(current_->products, [&](const Product& product) { return product.d == d; });
+}
+
+void Machine::use_operands(const uint32_t* a, const Site& site) {
+  current_->operands.push_back({a, {a[0], a[1], a[2], a[3]}, current_->product_groups, site});
+}
+
+void Machine::commit_products() {
+  ++current_->product_groups;
+}
+
+void Machine::wait_for_products(int groups_left) {
+  std::erase_if(current_->operands, [&](const Operands& in) {
+    if (in.group >= current_->product_groups - groups_left) return false;
+    if (!std::ranges::equal(in.values, std::array{in.a[0], in.a[1], in.a[2], in.a[3]})) {
+      stop(in.site, "an operand of shared_mma changed before its wait");
+    }
+    return true;
+  });
 }
 
 void Machine::issue_copy(const AsyncCopy& copy) {

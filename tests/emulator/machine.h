@@ -42,6 +42,18 @@ struct AsyncCopy {
   Site site;
 };
 
+// A sum of products under way: where it will lie, and what it is.
+struct Product {
+  float* d;
+  std::vector<float> sums;
+};
+struct Operands {
+  const uint32_t* a;
+  std::array<uint32_t, 4> values;
+  int group;  // committed as
+  Site site;
+};
+
 struct Warp;
 struct Block;
 
@@ -51,6 +63,9 @@ struct Thread {
   Block* block = nullptr;
   std::vector<AsyncCopy> copies;  // oldest first
   std::vector<int> groups;        // copies in each committed group, oldest first; the rest are in the open one
+  std::vector<Product> products;
+  std::vector<Operands> operands;  // of products not waited for
+  int product_groups = 0;          // committed
   Context context;
   FiberStack stack;
 };
@@ -71,6 +86,9 @@ struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::unique_ptr<Warp>> warps;
   uint32_t warps_at_barrier = 0;
+  uint32_t warps_at_fours = 0;                        // at barriers of four warps
+  std::array<bool, kMaxWarps / 4> vote{}, outcome{};  // at those under way, and of the last
+  std::array<Site, kMaxWarps / 4> fours_site{};
   Site barrier_site;
   SharedMemory shared;
   Clocks clocks;
@@ -99,6 +117,16 @@ class Machine {
   Out collective(const char* what, const Site& site, const In& in, Fn fn);
   void warp_sync(const Site& site);
   void block_sync(const Site& site);
+  // A barrier of the four warps that start at a multiple of four, and whether any of their threads voted for it.
+  bool four_warps_any(bool vote, const Site& site);
+
+  // shared_mma: products whose sums nobody may see before their end, and operands not to be changed before their wait.
+  void start_product(float* d, int n, const Site& site);
+  std::vector<float>& product(const float* d, const Site& site);
+  void end_product(float* d, const Site& site);
+  void use_operands(const uint32_t* a, const Site& site);
+  void commit_products();
+  void wait_for_products(int groups_left);
 
   void issue_copy(const AsyncCopy& copy);
   void commit_copies();

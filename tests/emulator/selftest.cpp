@@ -466,12 +466,73 @@ SAW_INT4_KERNEL collectives_kernel(LaneParams p) {
   st_global(out + 6, static_cast<uint32_t>(count_lanes(value % 3 == 0)));
 }
 
+// B, words 20 * 32 and on, by its columns or its rows; of each lane A and the sums. What may be wrong with it: bug.
+enum class Bug { kNone, kUnpublished, kNoWait, kOperandChanges, kReadEarly, kNoStart, kNeverEnds };
+
+template <bool kRowsOfB>
+void shared_mma_of(LaneParams p, Bug bug) {
+  const uint32_t* in = p.in + 20 * lane_id();
+  for (int i = lane_id(); i < 256; i += 32) st_shared(word(i), ld_global(p.in + 20 * 32 + i));
+  if (bug != Bug::kUnpublished) publish_shared();
+  block_sync();
+  uint32_t a[1][4];
+  float d[4][4];
+  for (int i = 0; i < 4; ++i) a[0][i] = ld_global(in + i);
+  for (int i = 0; i < 16; ++i) d[i / 4][i % 4] = bits_float(ld_global(in + 4 + i));
+  if (bug != Bug::kNoStart) shared_mma_start(d);
+  shared_mma_begin(a);
+  shared_mma<kRowsOfB>(d, a[0], shared_base());
+  shared_mma_commit();
+  if (bug == Bug::kNeverEnds) return;
+  if (bug == Bug::kOperandChanges) ++a[0][2];
+  if (bug != Bug::kNoWait) shared_mma_wait<0>(a);
+  const float early = d[1][2];
+  shared_mma_end(d);
+  if (bug == Bug::kReadEarly) d[1][2] = early;
+  for (int i = 0; i < 16; ++i) st_global(p.out + 16 * lane_id() + i, float_bits(d[i / 4][i % 4]));
+}
+template <bool kRowsOfB, int kBug>
+SAW_INT4_KERNEL shared_mma_kernel(LaneParams p) {
+  shared_mma_of<kRowsOfB>(p, Bug{kBug});
+}
+template <bool kRowsOfB>
+void (*shared_mma_with(int bug))(LaneParams) {
+  void (*const kernels[])(LaneParams) = {shared_mma_kernel<kRowsOfB, 0>, shared_mma_kernel<kRowsOfB, 1>,
+                                         shared_mma_kernel<kRowsOfB, 2>, shared_mma_kernel<kRowsOfB, 3>,
+                                         shared_mma_kernel<kRowsOfB, 4>, shared_mma_kernel<kRowsOfB, 5>,
+                                         shared_mma_kernel<kRowsOfB, 6>};
+  return kernels[bug];
+}
+
+// Every thread hands its input to the next warp of its four, and asks whether any of the four has a 40. Planted: no
+// barrier; to the next four, which such a barrier does not cover; one warp leaves.
+template <int kPlanted>
+SAW_INT4_KERNEL four_warps_kernel(LaneParams p) {
+  const int t = thread_index();
+  const uint32_t value = ld_global(p.in + t);
+  st_shared(word(t), value);
+  if (kPlanted == 3 && warp_id() == 6) return;
+  if (kPlanted != 1) four_warps_sync();
+  const int from = kPlanted == 2 ? (t + 128) % 256 : t / 128 * 128 + (t + 32) % 128;
+  st_global(p.out + 2 * t, ld_shared<uint32_t>(word(from)));
+  st_global(p.out + 2 * t + 1, static_cast<uint32_t>(four_warps_any(value == 40)));
+}
+template <int kPlanted>
+SAW_INT4_KERNEL four_warps_at_two_places(LaneParams p) {
+  if (warp_id() == 1) {
+    four_warps_sync();
+  } else {
+    four_warps_sync();
+  }
+  st_global(p.out + thread_index(), ld_global(p.in + thread_index()));
+}
+
 std::vector<uint32_t> run_lanes(void (*kernel)(LaneParams), const char* name, int threads,
                                 const std::vector<uint32_t>& in, size_t words_out) {
   std::vector<uint32_t> out(words_out);
   Registered registered({{"in", in.data(), static_cast<int64_t>(4 * in.size()), Access::kRead},
                          {"out", out.data(), static_cast<int64_t>(4 * words_out), Access::kWrite}});
-  launch(name, kernel, 1, threads, 0, nullptr, LaneParams{in.data(), out.data()});
+  launch(name, kernel, 1, threads, 1024, nullptr, LaneParams{in.data(), out.data()});
   return out;
 }
 
@@ -490,6 +551,14 @@ PYBIND11_MODULE(SAW_INT4_MODULE, m) {
         [](const std::vector<uint32_t>& in) { return run_lanes(movmatrix_kernel, "movmatrix", 32, in, 32); });
   m.def("collectives",
         [](const std::vector<uint32_t>& in) { return run_lanes(collectives_kernel, "collectives", 64, in, 7 * 64); });
+  m.def("shared_mma", [](const std::vector<uint32_t>& in, bool rows_of_b, int bug) {
+    return run_lanes(rows_of_b ? shared_mma_with<true>(bug) : shared_mma_with<false>(bug), "shared_mma", 32, in, 512);
+  });
+  m.def("four_warps", [](const std::vector<uint32_t>& in, int planted) {
+    void (*const kernels[])(LaneParams) = {four_warps_kernel<0>, four_warps_kernel<1>, four_warps_kernel<2>,
+                                           four_warps_kernel<3>, four_warps_at_two_places<0>};
+    return run_lanes(kernels[planted], "four_warps", 256, in, 512);
+  });
   m.def("half_to_float", &saw_int4::emulator::half_to_float);
   m.def("float_to_half", &saw_int4::emulator::float_to_half);
   m.def("float_to_bf16", &saw_int4::emulator::float_to_bf16);

@@ -7,6 +7,8 @@ namespace saw_int4::emulator {
 void SharedMemory::reset(uint32_t bytes) {
   data_.assign(bytes, 0xa5);
   history_.assign(bytes, Byte{});
+  written_ = 0;
+  published_.fill(0);
 }
 
 uint32_t SharedMemory::checked_offset(const char* verb, uint32_t address, uint32_t bytes, const Site& site) const {
@@ -81,13 +83,24 @@ void SharedMemory::check_write(const Byte& byte, uint32_t at, int thread, const 
 
 void SharedMemory::write(uint32_t address, const void* from, uint32_t bytes, int thread, const Clocks& clocks,
                          const Site& site) {
-  const uint32_t offset = checked_offset("write", address, bytes, site);
+  const uint32_t offset = checked_offset("write", address, bytes, site), number = ++written_;
   const Stamp now = clocks.now(thread);
   update(offset, bytes, [&](Byte& byte, uint32_t at) {
     check_write(byte, at, thread, clocks, site);
-    byte = {State::kValid, now, {}, {}};
+    byte = {State::kValid, now, {}, {}, number};
   });
   std::memcpy(data_.data() + offset, from, bytes);
+}
+
+void SharedMemory::read_operand(void* to, uint32_t address, uint32_t bytes, int thread, const Clocks& clocks,
+                                const Site& site) {
+  read(to, address, bytes, thread, clocks, site);
+  for (uint32_t at = address - kBase; at < address - kBase + bytes; ++at) {
+    const Byte& byte = history_[at];
+    if (byte.number <= published_[byte.writer.thread()]) continue;
+    fail(site, text("shared_mma reads byte ", at, ", which ", name_thread(byte.writer.thread()),
+                    " has not published since it wrote it"));
+  }
 }
 
 void SharedMemory::begin_copy(uint32_t address, uint32_t bytes, int thread, const Clocks& clocks, const Site& site) {
@@ -95,15 +108,16 @@ void SharedMemory::begin_copy(uint32_t address, uint32_t bytes, int thread, cons
   const Stamp now = clocks.now(thread);
   update(offset, bytes, [&](Byte& byte, uint32_t at) {
     check_write(byte, at, thread, clocks, site);
-    byte = {State::kInFlight, now, {}, {}};
+    byte = {State::kInFlight, now, {}, {}, 0};
   });
   std::memset(data_.data() + offset, 0xa5, bytes);
 }
 
 void SharedMemory::land_copy(uint32_t address, const void* from, uint32_t bytes, int thread, const Clocks& clocks) {
   const uint32_t offset = address - kBase;
+  const uint32_t number = ++written_;
   const Stamp now = clocks.now(thread);
-  update(offset, bytes, [&](Byte& byte, uint32_t) { byte = {State::kValid, now, {}, {}}; });
+  update(offset, bytes, [&](Byte& byte, uint32_t) { byte = {State::kValid, now, {}, {}, number}; });
   std::memcpy(data_.data() + offset, from, bytes);
 }
 

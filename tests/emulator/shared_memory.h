@@ -4,6 +4,7 @@
 // warps where two warps read, else two lanes: enough to convict any later writer that no barrier orders after them.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -22,6 +23,10 @@ class SharedMemory {
   void read(void* to, uint32_t address, uint32_t bytes, int thread, const Clocks& clocks, const Site& site);
   void write(uint32_t address, const void* from, uint32_t bytes, int thread, const Clocks& clocks, const Site& site);
 
+  // For the tensor cores, which see what its writer published after writing it.
+  void read_operand(void* to, uint32_t address, uint32_t bytes, int thread, const Clocks& clocks, const Site& site);
+  void publish(int thread) { published_[thread] = written_; }
+
   // A cp.async from its issue to the wait that covers it: in between, nobody may touch the bytes.
   void begin_copy(uint32_t address, uint32_t bytes, int thread, const Clocks& clocks, const Site& site);
   void land_copy(uint32_t address, const void* from, uint32_t bytes, int thread, const Clocks& clocks);
@@ -31,6 +36,7 @@ class SharedMemory {
   struct Byte {
     State state = State::kNeverWritten;
     Stamp writer, reader, other_reader;
+    uint32_t number = 0;  // of the write
   };
 
   // Applies fn to the history of each byte, once for all where they are alike.
@@ -41,6 +47,8 @@ class SharedMemory {
 
   std::vector<unsigned char> data_;
   std::vector<Byte> history_;
+  uint32_t written_ = 0;                                     // writes so far
+  std::array<uint32_t, kMaxWarps * kWarpSize> published_{};  // by thread: writes so far when it last published
 };
 
 }  // namespace saw_int4::emulator

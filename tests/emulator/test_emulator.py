@@ -305,6 +305,81 @@ def test_movmatrix_transposes(emulator):
     assert emulator.movmatrix(fragment(matrix)) == fragment(matrix.T)
 
 
+def run_shared_mma(emulator, a, b, c, rows_of_b, bug=0):
+    """B in shared memory: 2 x 4 matrices, each eight runs of eight values; one warp; D."""
+    a_bits, b_bits = bits16(a, False), bits16(b, False)
+    c_bits = c.astype(np.float32).view(np.uint32)
+    words = []
+    for lane in LANES:
+        halves = [a_bits[a_position(lane, i)] for i in range(8)]
+        words += [int(lo) | int(hi) << 16 for lo, hi in zip(halves[::2], halves[1::2])]
+        for nt in range(4):
+            words += [int(c_bits[row, 8 * nt + column]) for row, column in (c_position(lane, i) for i in range(4))]
+    for k in range(0, 16, 8):
+        for n in range(0, 32, 8):
+            matrix = b_bits[k : k + 8, n : n + 8]
+            runs = (matrix if rows_of_b else matrix.T).reshape(-1)
+            words += [int(lo) | int(hi) << 16 for lo, hi in zip(runs[::2], runs[1::2])]
+    result = np.array(emulator.shared_mma(words, rows_of_b, bug), np.uint32).view(np.float32).reshape(32, 4, 4)
+    d = np.full((16, 32), np.nan, np.float32)
+    for lane in LANES:
+        for nt in range(4):
+            for i in range(4):
+                row, column = c_position(lane, i)
+                d[row, 8 * nt + column] = result[lane, nt, i]
+    return d
+
+
+def small_matrices(seed):
+    rng = np.random.default_rng(seed)
+    shapes = ((-100, (16, 16)), (0, (16, 32)), (-1000, (16, 32)))
+    return [rng.integers(low, 100, shape).astype(np.float32) for low, shape in shapes]
+
+
+@pytest.mark.parametrize("rows_of_b", [False, True])
+def test_shared_mma_is_the_matrix_product(emulator, rows_of_b):
+    for seed in range(5):
+        a, b, c = small_matrices(seed)
+        np.testing.assert_array_equal(run_shared_mma(emulator, a, b, c, rows_of_b), a @ b + c)
+        assert not np.array_equal(run_shared_mma(emulator, a, b.reshape(2, 8, 4, 8).swapaxes(1, 3).reshape(16, 32), c,
+                                                 rows_of_b), a @ b + c)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "bug, complaint",
+    [
+        (1, r"shared_mma reads byte \d+, which thread \d+ .* has not published"),
+        (2, r"shared_mma_end before a shared_mma was waited for"),
+        (3, r"an operand of shared_mma changed before its wait"),
+        (5, r"shared_mma of sums without shared_mma_start"),
+        (6, r"thread exits with a shared_mma that was never waited for"),
+    ],
+)
+def test_misuse_of_shared_mma_is_caught(emulator, bug, complaint):
+    with pytest.raises(emulator.EmulatorError, match=complaint):
+        run_shared_mma(emulator, *small_matrices(0), True, bug)
+
+
+def test_sums_of_shared_mma_are_out_of_sight_until_its_end(emulator):
+    d = run_shared_mma(emulator, *small_matrices(0), True, 4)
+    assert np.isnan(d[8:, 8:16:2]).all() and np.isnan(d).sum() == 32  # register 2 of n-tile 1, of every lane
+
+
+def test_barrier_and_vote_of_four_warps(emulator):
+    values = list(range(256))
+    handed, voted = np.array(emulator.four_warps(values, 0), np.uint32).reshape(256, 2).T
+    assert handed.tolist() == np.roll(np.arange(256).reshape(2, 128), -32, axis=1).reshape(-1).tolist()
+    assert voted.tolist() == [1] * 128 + [0] * 128
+    for planted, complaint in (
+        (1, "race in shared memory|uninitialised shared memory"),
+        (2, "race in shared memory|uninitialised shared memory"),
+        (3, "warp 6.*exited|deadlock"),
+        (4, "divergent barrier: warp 1 is here|divergent barrier: warp 2 is here"),
+    ):
+        with pytest.raises(emulator.EmulatorError, match=complaint):
+            emulator.four_warps(values, planted)
+
+
 def test_shuffles_and_votes(emulator):
     values = list(range(10, 74))
     rows = np.array(emulator.collectives(values), np.uint32).reshape(64, 7)

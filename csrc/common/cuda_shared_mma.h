@@ -1,0 +1,107 @@
+// MMAs whose B lies in shared memory. CUDA room of common/device.h. On sm_90a they are wgmma, of the four warps that
+// start at a multiple of four: every one of them must issue the same, and B is fetched once for all. Elsewhere each
+// warp loads B's fragments for itself.
+//
+// B [16, 32] is 2 x 4 matrices of 8x8 values, 128 bytes each, the second eight rows of B after all of the first; a
+// matrix is 8 runs of 8 values, run i holding column i of B, or row i where kRowsOfB.
+#pragma once
+
+#include "common/cuda_mma.h"
+
+namespace saw_int4::dev {
+
+// One product or several with the same d, asynchronous: nobody touches d from shared_mma_start to shared_mma_end, nor a
+// from shared_mma_begin to the shared_mma_wait that covers its group, nor B until then.
+//
+//     shared_mma_start(d);  { shared_mma_begin(a); shared_mma(d, a, b) ..; shared_mma_commit(); } ..
+//     shared_mma_wait<0>(a); shared_mma_end(d);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// The compiler takes registers for free as soon as it sees no use: these are uses.
+SAW_INT4_DEVICE void pin(float (&d)[4][4]) {
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < 4; ++nt)
+    asm volatile("" : "+f"(d[nt][0]), "+f"(d[nt][1]), "+f"(d[nt][2]), "+f"(d[nt][3])::"memory");
+}
+template <int R>
+SAW_INT4_DEVICE void pin(uint32_t (&a)[R][4]) {
+  SAW_INT4_UNROLL
+  for (int r = 0; r < R; ++r) asm volatile("" : "+r"(a[r][0]), "+r"(a[r][1]), "+r"(a[r][2]), "+r"(a[r][3])::"memory");
+}
+SAW_INT4_DEVICE void shared_mma_start(float (&d)[4][4]) {
+  pin(d);
+}
+SAW_INT4_DEVICE void shared_mma_end(float (&d)[4][4]) {
+  pin(d);
+}
+template <int R>
+SAW_INT4_DEVICE void shared_mma_begin(uint32_t (&a)[R][4]) {
+  pin(a);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+SAW_INT4_DEVICE void shared_mma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Waits until at most N committed groups are in flight. a: operands of those that are done.
+template <int N, int R>
+SAW_INT4_DEVICE void shared_mma_wait(uint32_t (&a)[R][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+  pin(a);
+}
+
+// d[nt] += A B[nt]. A as in mma_m16n8k16, d[nt] as D there. B's descriptor, with no swizzling: address, distance of
+// matrices along K, and along N, in units of 16 bytes.
+template <bool kRowsOfB>
+SAW_INT4_DEVICE void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b) {
+  constexpr uint64_t kAlongK = 4 * 128 / 16, kAlongN = 128 / 16;
+  const uint64_t descriptor = (b & 0x3ffffu) >> 4 | kAlongK << 16 | kAlongN << 32;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, %21;\n}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
+        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
+        "+f"(d[3][2]), "+f"(d[3][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "n"(kRowsOfB ? 1 : 0));
+}
+// What this thread stored to shared memory is seen by shared_mma after a barrier.
+SAW_INT4_DEVICE void publish_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+#else
+
+template <bool kRowsOfB>
+SAW_INT4_DEVICE void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b) {
+  // Lanes name the runs: 8 to a matrix, the two matrices of nt, then those of nt + 1.
+  const int lane = lane_id();
+  b += lane / 8 % 2 * (4 * 128) + lane / 16 * 128 + lane % 8 * 16;
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < 4; nt += 2) {
+    uint32_t r[4];
+    if constexpr (kRowsOfB)
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                   : "r"(b + nt * 128)
+                   : "memory");
+    else
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                   : "r"(b + nt * 128)
+                   : "memory");
+    mma_m16n8k16_f16(d[nt], a, {r[0], r[1]});
+    mma_m16n8k16_f16(d[nt + 1], a, {r[2], r[3]});
+  }
+}
+SAW_INT4_DEVICE void shared_mma_start(float (&)[4][4]) {}
+SAW_INT4_DEVICE void shared_mma_end(float (&)[4][4]) {}
+template <int R>
+SAW_INT4_DEVICE void shared_mma_begin(uint32_t (&)[R][4]) {}
+SAW_INT4_DEVICE void shared_mma_commit() {}
+template <int N, int R>
+SAW_INT4_DEVICE void shared_mma_wait(uint32_t (&)[R][4]) {}
+SAW_INT4_DEVICE void publish_shared() {}
+
+#endif
+
+}  // namespace saw_int4::dev

@@ -1,0 +1,66 @@
+// What narrow and wide passes share of the running softmax: its units, masks, and the parameters of rows.
+#pragma once
+
+#include "common/device.h"
+#include "format.h"
+
+namespace saw_int4 {
+
+// A row's reference logit moves only when a logit exceeds it by this much: weights are below 2^kSlack, and their
+// products with scales in units of v_unit below 2^15.
+inline constexpr float kSlack = 4.f;
+inline constexpr int kWeightBits = 11;
+
+// 2^kWeightBits / v_cap, v_cap a power of two: brings p * scale into fp16's normal range, whatever the scale.
+SAW_INT4_DEVICE float v_unit(float v_cap) {
+  return dev::bits_float((static_cast<uint32_t>(254 + kWeightBits) << 23) - dev::float_bits(v_cap));
+}
+
+// Raises v_cap above a scale of V that reached it; returns what sums in units of the old one must be multiplied by.
+SAW_INT4_DEVICE float raise_cap(float& v_cap, float v_scale) {
+  if (!(v_scale >= v_cap && v_scale > 0.f)) return 1.f;
+  const uint32_t exponent = (dev::float_bits(v_scale) >> 23) + 1;
+  const float keep = v_cap * dev::bits_float((254 - exponent) << 23);
+  v_cap = dev::bits_float(exponent << 23);
+  return keep;
+}
+
+// cap * tanh(x / cap), tanh(y) = 1 - 2 / (e^2y + 1); exact to fp32's last bits of cap, which is all a logit needs. In
+// units of log2, as logits are: `inverse` is 2 log2(e) / cap.
+SAW_INT4_DEVICE float soft_cap(float logit, float cap, float inverse) {
+  const float power = dev::exp2_approx(logit * inverse);
+  return dev::fma_rn(-2.f * cap, dev::rcp_approx(power + 1.f), cap);
+}
+
+// What hides tokens from query rows: rows[n] = {end, begin, tree bits low, high} in shared memory.
+struct Masks {
+  uint32_t rows;
+  int tree_base;  // first new token when there is a tree mask, else past every token
+};
+
+SAW_INT4_DEVICE bool visible(int token, const uint4& row, int tree_base) {
+  if (token >= static_cast<int>(row.x) || token < static_cast<int>(row.y)) return false;
+  if (token < tree_base) return true;
+  const int bit = token - tree_base;
+  return ((bit < 32 ? row.z >> bit : row.w >> (bit - 32)) & 1u) != 0;
+}
+
+// The parameters of a row's groups, scale in the low half; row_params: their shared address.
+template <int kGroups>
+SAW_INT4_DEVICE void load_params(uint32_t row_params, uint32_t (&params)[kGroups]) {
+  if constexpr (kGroups == 1) {
+    params[0] = dev::ld_shared<uint32_t>(row_params);
+  } else {
+    const auto both = dev::ld_shared<uint2>(row_params);
+    params[0] = both.x;
+    params[1] = both.y;
+  }
+}
+SAW_INT4_DEVICE float param_scale(uint32_t params) {
+  return dev::f16_to_float(static_cast<uint16_t>(params));
+}
+SAW_INT4_DEVICE float param_offset(uint32_t params) {
+  return dev::f16_to_float(static_cast<uint16_t>(params >> 16));
+}
+
+}  // namespace saw_int4

@@ -10,6 +10,7 @@ results=${1:-build/gpu_check}
 mkdir -p "$results"
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export OMP_NUM_THREADS=2  # of each of eight test workers
 failed=0
 
 step() {  # step NAME SECONDS COMMAND...: runs it, keeps its output, says how it went

@@ -175,7 +175,7 @@ def test_servers_of_other_numbers_of_ranks(model, tmp_path, prefill, decode):
     servers = Pair(tiny, tmp_path, *flags, 3 * 2 * 68 * 2, SGLANG_CPU_OMP_THREADS_BIND="0|1")
     try:
         prompt = [(37 * i * i + 11 * i) % 4000 + 200 for i in range(200)]
-        answer = servers.ready().generate(prompt, 96)[1]
+        answer = servers.ready().generate(prompt, 24)[1]
     finally:
         servers.stop()
     expected = logprobs(load(tiny), prompt + [token for _, token in answer])[len(prompt) - 1 :]

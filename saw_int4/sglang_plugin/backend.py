@@ -42,10 +42,13 @@ class Int4AttentionBackend(AttentionBackend):
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.page_size = model_runner.page_size
         self.plan: Plan | None = None
-        self.window = model_runner.sliding_window_size or 0  # most older tokens that a row of a windowed layer sees
+        layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
+        # Most older tokens that a row of a windowed layer sees. The runner knows of some models' windows alone.
+        self.window = max([model_runner.sliding_window_size or 0, *(layer.sliding_window_size for layer in layers)])
         self.window_slots: WindowSlots | None = None
         if hasattr(self.token_to_kv_pool, "swa_kv_pool"):
-            self.window_slots = WindowSlots(self.token_to_kv_pool, self.req_to_token_pool.req_to_token, self.window)
+            table, kept = self.req_to_token_pool.req_to_token, model_runner.sliding_window_size
+            self.window_slots = WindowSlots(self.token_to_kv_pool, table, kept)
         self._workspaces: list[torch.Tensor] = []  # only the last is in use; captured graphs hold the others' addresses
         self._workspace_rows = self._graph_rows = 0
         self._batch_invariant = env.published().batch_invariant
@@ -63,7 +66,6 @@ class Int4AttentionBackend(AttentionBackend):
         self._gathered = torch.empty(
             self.capacity * token_bytes, dtype=torch.uint8, device=self.token_to_kv_pool.device
         )
-        layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
         self._attend, kernel_name = ragged_prefill.choose(layers, model_runner.dtype, self._gathered.device)
         logger.info(
             "saw_int4: attention on %s: saw_int4 kernels for decode and extends of up to %d tokens; %s for longer "
@@ -297,10 +299,14 @@ class Int4AttentionBackend(AttentionBackend):
             problem = f"has {layer.tp_k_head_num} KV heads, the pool {pool.head_num}"
         elif layer.xai_temperature_len > 0:
             problem = "scales its logits by position"
+        elif layer.use_irope:
+            problem = "attends in chunks"
+        elif self.window_slots is not None and not is_swa and layer.sliding_window_size >= 0:
+            problem = f"has window {layer.sliding_window_size}, outside of the sliding-window pool"
         elif is_swa and not 0 <= layer.sliding_window_size <= self.window_slots.window:
             problem = f"has window {layer.sliding_window_size}, its pool keeps {self.window_slots.window} older tokens"
         elif pool.in_bf16(local) and layer.logit_cap > 0:
-            problem = "caps its logits, which SGLang's attention over layers in BF16 does not"
+            problem = "caps its logits, which was not tested for layers in BF16"
         elif layer.logit_cap > 0 and layer.logit_capping_method != "tanh":
             problem = f"caps its logits by {layer.logit_capping_method}"
         if problem is not None:

@@ -25,7 +25,7 @@ SLOTS = 1024
 
 
 def make_backend(
-    monkeypatch, rotation: str, calibrated: bool, device: str = "cpu", groups: int = 1
+    monkeypatch, rotation: str, calibrated: bool, device: str = "cpu", groups: int = 1, layers=()
 ) -> Int4AttentionBackend:
     """The backend over a fresh pool, without a server around it."""
     monkeypatch.setenv(env.RESOLVED, env.Options(rotation, groups=groups).to_json())
@@ -51,7 +51,7 @@ def make_backend(
         token_to_kv_pool=pool,
         req_to_token_pool=SimpleNamespace(req_to_token=table),
         page_size=PAGE,
-        model=torch.nn.Module(),
+        model=torch.nn.ModuleList(layers),
         model_config=SimpleNamespace(num_attention_heads=H_Q, get_total_num_kv_heads=lambda: H_KV),
         dtype=torch.float32,
         sliding_window_size=None,
@@ -76,6 +76,7 @@ def make_layer(**changes):
         is_cross_attention=False,
         attn_type=AttentionType.DECODER,
         xai_temperature_len=-1,
+        use_irope=False,
     )
     return SimpleNamespace(**{**layer, **changes})
 

@@ -13,6 +13,7 @@ import torch
 from checkpoints import eagle_head, granite_swa, qwen3
 from conftest import CALIBRATED
 from server import Server, tier_and_answer
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.eagle_utils import TreeMaskMode
 from test_attention import H_KV, H_Q, PAGE, SLOTS, WINDOW, D, make_backend, make_layer, over_two_parts
@@ -73,8 +74,9 @@ def test_drafts_attend_along_their_branch(monkeypatch, window, two_parts):
     """Each draft's output is that of a decode step over the cached tokens, its ancestors and itself, or the last of
     them: over one pool, and over SGLang's two-part pool."""
     generator = torch.Generator().manual_seed(1)
-    backend = make_backend(monkeypatch, "kv", calibrated=True)
-    backend._verify_buffers, backend.window = None, max(window, 0)
+    module = RadixAttention(H_Q, D, D**-0.5, H_KV, layer_id=0, sliding_window_size=window)
+    backend = make_backend(monkeypatch, "kv", calibrated=True, layers=[module])  # of a runner that knows of no window
+    backend._verify_buffers = None
     fill(backend, generator)
     lens, trees = [70, 3, 33], random_trees(3, seed=2)
     batch, layer = make_verification(backend, trees, lens), make_layer(sliding_window_size=window)

@@ -40,6 +40,9 @@ def storage_name(rows: str, layout: str, model_path: str, overrides: str) -> str
     return f"{rows}-{hashlib.sha256(repr((layout, model, overrides)).encode()).hexdigest()[:16]}"
 
 
+_weights_named = True  # False once this process got weights that no checkpoint of its own holds
+
+
 def storage_config(original, self, *args, **kwargs):
     """AROUND what HiCache's storage backends make their keys of. Also runs when a backend is attached to a server."""
     config = original(self, *args, **kwargs)
@@ -51,6 +54,11 @@ def storage_config(original, self, *args, **kwargs):
             f"--kv-cache-dtype int4: the storage backend is {self.storage_backend_type!r}, expected file: only its "
             "keys were shown to name the format. Way out: use file."
         )
+    if not _weights_named:
+        raise ValueError(
+            "--kv-cache-dtype int4: this server got other weights while it ran, which its storage keys cannot name. "
+            "Way out: restart it with a checkpoint of them."
+        )
     from sglang.srt.runtime_context import get_model
 
     model = get_model()
@@ -61,8 +69,11 @@ def storage_config(original, self, *args, **kwargs):
 
 def update_weights(original, self, recv_req):
     """AROUND what gives a running server other weights: rows of them would be stored under the old model's name."""
+    global _weights_named
     stored = getattr(self.scheduler.tree_cache, "enable_storage", False)
     if self.scheduler.server_args.kv_cache_dtype != KV_CACHE_DTYPE or not stored:
+        # SGLang takes the name of a checkpoint that it loads from disk for the model's.
+        _weights_named = original.__name__ == "update_weights_from_disk"
         return original(self, recv_req)
     from sglang.srt.managers import io_struct
 

@@ -220,6 +220,26 @@ def test_other_storage_backends_are_refused_when_they_are_attached(pool):
         transfers.storage_config(lambda self: make_config("m"), controller)
 
 
+def test_weights_without_a_checkpoint_are_not_stored(pool, monkeypatch):
+    """Storage attached after an update knows the first checkpoint only, unless SGLang loaded another one from disk."""
+
+    def begin_weight_update(self, request):
+        return "begun"
+
+    def update_weights_from_disk(self, request):
+        return "updated"
+
+    monkeypatch.setattr(transfers, "_weights_named", True)
+    args = SimpleNamespace(kv_cache_dtype="int4")
+    manager = SimpleNamespace(scheduler=SimpleNamespace(tree_cache=None, server_args=args))
+    controller = SimpleNamespace(mem_pool_device=pool, storage_backend_type="file")
+    assert transfers.update_weights(begin_weight_update, manager, None) == "begun"
+    with pytest.raises(ValueError, match="got other weights while it ran"):
+        transfers.storage_config(lambda self: make_config("m"), controller)
+    assert transfers.update_weights(update_weights_from_disk, manager, None) == "updated"
+    assert transfers._weights_named
+
+
 def test_layers_of_both_kinds_are_refused(pool):
     pool.quant_method.in_bf16 = [True, False]
     with pytest.raises(NotImplementedError, match="rows of one size only"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,7 +91,7 @@ def findings() -> Iterator[Finding]:
 
 
 def dry_run(argv: list[str]) -> tuple[bool, str]:
-    """Resolve a server's arguments as its start does; no weights are loaded.
+    """Resolve a server's arguments as its start does; no weights are loaded, and nothing is calibrated.
 
     Returns:
         Whether INT4 would be served with them, and what it would be or why not.
@@ -100,16 +101,25 @@ def dry_run(argv: list[str]) -> tuple[bool, str]:
 
     from saw_int4.sglang_plugin import verify
 
+    given = os.environ.get(env.CALIBRATION)
+    automatic = (given or "").strip() in ("", "auto")
     try:
+        if automatic:
+            os.environ[env.CALIBRATION] = "none"
         verify.plugin_in_place()
         args = prepare_server_args(argv)
         args.resolve_once()
     except (Exception, SystemExit) as error:  # noqa: BLE001  (any refusal, SGLang's own too, is an answer)
         by_parser = isinstance(error, SystemExit) and isinstance(error.code, int)
         return False, "by SGLang's parser, as printed above" if by_parser else f"{error}" or type(error).__name__
+    finally:
+        os.environ.pop(env.CALIBRATION, None)
+        if given is not None:
+            os.environ[env.CALIBRATION] = given
     backend = attention_backends_of(resolved_view(args))[1]
     kv_format = env.published().kv_format(model_config_of(args).head_dim)
-    return True, f"{kv_format.describe()}; attention backend {backend}"
+    later = "; calibrated when it is first served" if automatic else ""
+    return True, f"{kv_format.describe()}{later}; attention backend {backend}"
 
 
 def refused_features() -> list[str]:

@@ -66,7 +66,8 @@ def _export(info: dict) -> None:
     from prometheus_client import Gauge
     from sglang.srt.runtime_context import get_parallel
 
-    ranks = {name: str(getattr(get_parallel(), name)) for name in ("tp_rank", "pp_rank")}
+    parallel = get_parallel()
+    ranks = {name: str(getattr(parallel, name) or 0) for name in ("tp_rank", "pp_rank", "dp_rank")}
     labels = {"format": info["format"], "fingerprint": info["fingerprint"], **ranks}
     for name, meaning in GAUGES.items():
         gauge = Gauge(f"saw_int4_kv_{name}", meaning, labelnames=list(labels), multiprocess_mode="mostrecent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from types import FunctionType
 import pytest
 from server import ROOT, environment
 
+from saw_int4 import env
 from saw_int4.finding import BROKEN, OK
 from saw_int4.sglang_plugin import fit, native, register, verify
 
@@ -35,6 +37,17 @@ def test_a_model_that_is_served(model):
     assert served, text
     assert text.startswith("int4 v2: head_dim 64")
     assert text.endswith("attention backend saw_int4")
+
+
+def test_nothing_is_calibrated(model, monkeypatch):
+    def artifact_for(*_):
+        raise AssertionError("calibrates")
+
+    monkeypatch.setattr("saw_int4.calibration.automatic.artifact_for", artifact_for)
+    monkeypatch.delenv(env.CALIBRATION, raising=False)
+    served, text = fit.dry_run(["--model-path", str(model), "--kv-cache-dtype", "int4"])
+    assert served and "calibrated when it is first served" in text
+    assert env.CALIBRATION not in os.environ
 
 
 def test_flags_that_sglang_does_not_know(model):

@@ -109,7 +109,7 @@ class Server:
         return self.info()["internal_states"][0]
 
     def flush(self) -> None:
-        self.call("/flush_cache", {})
+        self.call("/flush_cache?timeout=60", {})  # rows on their way to a host tier are waited for
 
 
 def output_logprobs(answer: dict) -> list[tuple[float, int]]:

@@ -16,7 +16,7 @@ def decode_limit(group: int, cuda: bool) -> int:
     """Most new tokens of a request that go through decode_attention; more go through gather_kv and 16-bit attention.
 
     The unit is reading a cached token's K and V in 16 bits. decode_attention reads 0.27 of it for every pass of 32
-    query rows of a KV head, and computes as long as 0.6 (32 rows took 2.2 times as long as 4, csrc/README.md). The
+    query rows of a KV head, and computed as long as 0.6 when 32 rows took 2.2 times as long as 4 (now 1.3 times). The
     other way reads 0.27, writes 1 and reads 1: 2.3, whatever the rows. So four passes at most: 128 rows, 128 / group
     tokens. Measured for one request of 16384 tokens (benchmarks/results/h100_2026-11-26_kernels.txt), 32 new ones take
     62 us this way and 213 the other, 128 take 195 and 218: FlashInfer's FA3 gives each query head one SM then. Several

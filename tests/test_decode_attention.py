@@ -100,6 +100,10 @@ CASES = {
     "sinks_empty": replace(BASE, sink=True, seq_lens=(0, 3), q_lens=(1, 1)),
     "rows_4": replace(BASE, q_lens=(4, 4, 4), seq_lens=(40, 4, 90)),
     "rows_16_of_a_head": replace(BASE, head_dim=128, num_q_heads=8, q_lens=(4, 1, 3), seq_lens=(70, 4, 200)),
+    # four heads in a block are too much for 99 KB
+    "rows_16_of_256": replace(
+        BASE, head_dim=256, num_q_heads=8, num_kv_heads=4, q_lens=(5, 1, 3), seq_lens=(70, 4, 200)
+    ),
     "rows_32_of_a_head": replace(BASE, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(70, 4, 200)),
     # several stages of a wide pass; one head, which all warps share; references that move
     "rows_32_long": replace(BASE, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(700, 4, 330)),
@@ -124,6 +128,17 @@ CASES["two_groups_everything"] = replace(CASES["everything"], groups=2)
 @pytest.mark.parametrize("name", CASES)
 def test_matches_float64(engine, name):
     check_case(engine, CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kilobytes", [99, 163])
+def test_plans_of_gpus_with_less_shared_memory_match_float64(emulated, kilobytes, name):
+    """What sm_86, 89 and 120 (99) and sm_80 (163) run: wide passes of 4 or 8 warps instead of 16 (test_schedule.py)."""
+    emulated.configure(shared_bytes=kilobytes * 1024)
+    try:
+        check_case(emulated, CASES[name])
+    finally:
+        emulated.configure()
 
 
 @pytest.mark.large

@@ -1,10 +1,10 @@
-"""decode's division of work (csrc/decode/schedule.h), compiled alone: every unit once, equal shares, no slot twice."""
+"""decode's division of work (csrc/decode/schedule.h) and its plans for every kind of GPU (config.h), compiled alone."""
 
 import subprocess
 
 from emulator import build
 
-PROGRAM = r"""
+SCHEDULE = r"""
 #include <algorithm>
 #include <cstdio>
 #include <set>
@@ -55,9 +55,73 @@ int main() {
 """
 
 
-def test_every_unit_is_done_once_and_blocks_have_equal_shares(tmp_path):
-    source, program = tmp_path / "schedule.cpp", tmp_path / "schedule"
-    source.write_text(PROGRAM)
-    build.run([build.compiler(), "-std=c++20", "-O1", f"-I{build.ROOT / 'csrc'}", str(source), "-o", str(program)])
-    done = subprocess.run([program], capture_output=True, text=True)
+PLANS = r"""
+#include <cstdio>
+#include "decode/config.h"
+using namespace saw_int4;
+int main() {
+  int wrong = 0;
+  const auto check = [&](bool ok, const char* what, const DecodeShape& s, const DeviceLimits& device) {
+    if (!ok && ++wrong < 10)
+      std::printf("%s: head_dim %d, %d and %d heads, %d requests, max_q_len %d, %d groups%s, %d SMs, %d bytes\n", what,
+                  s.head_dim, s.num_q_heads, s.num_kv_heads, s.num_requests, s.max_q_len, s.groups,
+                  s.batch_invariant ? ", batch-invariant" : "", device.sm_count, device.shared_bytes_per_block);
+  };
+  const DeviceLimits h100{132, 228 * 1024, 227 * 1024}, a100{108, 164 * 1024, 163 * 1024};
+  const DeviceLimits l40s{142, 100 * 1024, 99 * 1024};
+  for (const DeviceLimits& device : {h100, a100, l40s})
+    for (int head_dim : {64, 80, 96, 112, 128, 192, 256}) for (int groups : {1, 2})
+      for (int kv_heads : {1, 2, 3, 4, 5, 8, 12, 16, 32}) for (int group : {1, 2, 4, 5, 7, 16})
+        for (int rows : {1, 2, 5, 8, 16}) for (int requests : {1, 3, 64, 1000}) for (bool invariant : {false, true}) {
+          const DecodeShape shape{head_dim, kv_heads * group, kv_heads, requests, rows, invariant, groups};
+          DecodePlan plan;
+          try {
+            plan = decode_plan(shape, device);
+          } catch (const std::runtime_error&) {
+            check(false, "no plan", shape, device);
+            continue;
+          }
+          const int per_sm = plan.blocks / device.sm_count;
+          const bool fits = plan.shared_bytes <= device.shared_bytes_per_block &&
+                            per_sm * (plan.shared_bytes + kSharedReservedPerBlock) <= device.shared_bytes_per_sm;
+          check(fits, "too much shared memory", shape, device);
+          // The kernel's launch bounds: dev::kLargeShared is true of sm_90 alone among these.
+          const bool bound = plan.warps <= max_warps(plan.row_tiles, groups, device.sm_count == h100.sm_count);
+          check(bound, "too many warps", shape, device);
+          const bool whole = kv_heads % plan.heads_per_block == 0 && plan.ways * plan.heads_per_block == plan.warps &&
+                             plan.ways >= (is_wide(plan.row_tiles) ? kWideWays : 1);
+          check(whole, "heads do not divide", shape, device);
+          check(plan.stages >= 2 && plan.stages <= kMaxStages, "no pipeline", shape, device);
+          // As few query rows as a call may have.
+          const int64_t query_rows = invariant ? int64_t{requests} * rows : rows;
+          const int64_t workspace =
+              decode_workspace_bytes(device.sm_count, query_rows, shape.num_q_heads, head_dim, invariant);
+          check(workspace_needed(plan, shape, query_rows) <= workspace, "workspace too small", shape, device);
+        }
+  // Warps of a wide pass: those that tests/test_decode_attention.py runs on pretended devices.
+  const auto wide = [&](const DeviceLimits& device, int head_dim, int groups, int warps) {
+    const DecodeShape shape{head_dim, 8, 2, 3, 8, false, groups};
+    check(decode_plan(shape, device).warps == warps, "other warps", shape, device);
+  };
+  for (int head_dim : {64, 128}) wide(h100, head_dim, 1, 16), wide(h100, head_dim, 2, 8), wide(a100, head_dim, 1, 8);
+  wide(l40s, 64, 1, 8), wide(l40s, 128, 1, 4), wide(l40s, 128, 2, 8);
+  return wrong != 0;
+}
+"""
+
+
+def check(program: str, folder):
+    """Compile and run a program that prints what is wrong."""
+    source, binary = folder / "program.cpp", folder / "program"
+    source.write_text(program)
+    build.run([build.compiler(), "-std=c++20", "-O1", f"-I{build.ROOT / 'csrc'}", str(source), "-o", str(binary)])
+    done = subprocess.run([binary], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_every_unit_is_done_once_and_blocks_have_equal_shares(tmp_path):
+    check(SCHEDULE, tmp_path)
+
+
+def test_every_shape_has_a_plan_that_fits_the_device(tmp_path):
+    check(PLANS, tmp_path)

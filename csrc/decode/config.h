@@ -217,7 +217,8 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
       }
       plan.blocks = device.sm_count * per_sm;
     }
-    if (!fits) return false;
+    if (!fits && warps > 4) return false;  // fewer warps first
+    if (!fits) continue;                   // then fewer heads
     plan.column_shift = column_shift(plan.head_groups, plan.blocks);
     if (heads == 1 || shape.batch_invariant || merge_pieces(plan, shape) <= kMergeAtMost) return true;
   }

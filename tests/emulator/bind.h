@@ -32,7 +32,7 @@ inline void bind_machine(pybind11::module_& m) {
   pybind11::register_exception<Error>(m, "EmulatorError", PyExc_RuntimeError);
   m.def(
       "configure",
-      [](const std::string& order, int resident_blocks, uint32_t seed, int sm_count) {
+      [](const std::string& order, int resident_blocks, uint32_t seed, int sm_count, uint32_t shared_bytes) {
         Options& options = machine().options();
         if (order == "ascending") {
           options.order = BlockOrder::kAscending;
@@ -46,9 +46,10 @@ inline void bind_machine(pybind11::module_& m) {
         options.resident_blocks = resident_blocks;
         options.seed = seed;
         options.sm_count = sm_count;
+        options.shared_bytes = shared_bytes;
       },
       pybind11::arg("order") = "ascending", pybind11::arg("resident_blocks") = 1, pybind11::arg("seed") = 0,
-      pybind11::arg("sm_count") = 4);
+      pybind11::arg("sm_count") = Options().sm_count, pybind11::arg("shared_bytes") = Options().shared_bytes);
 }
 
 }  // namespace saw_int4::emulator

@@ -29,11 +29,12 @@ class EmulatedEngine:
         self._library = build.load_library("_emulated_ops", SOURCES, link_torch=True)
         self._workspaces: dict[tuple[int, int, bool], Tensor] = {}
 
-    def configure(self, *, order: str = "ascending", resident_blocks: int = 1, seed: int = 0, sm_count: int = 4):
-        """How later launches run: block order "ascending", "descending" or "shuffled"; blocks in flight at a time;
-        seed of whatever is random; SMs of the pretended device.
+    def configure(self, **options):
+        """How later launches run: block ``order`` "ascending", "descending" or "shuffled"; ``resident_blocks`` in
+        flight at a time; ``seed`` of whatever is random; ``sm_count`` of the pretended device, ``shared_bytes`` that a
+        block of it may have. What is not named is as at first: one block after the other, on 4 SMs of an H100.
         """
-        self._library.configure(order=order, resident_blocks=resident_blocks, seed=seed, sm_count=sm_count)
+        self._library.configure(**options)
 
     def append_kv(self, *args, **options) -> None:
         self._launch("append_kv", arguments(ops.append_kv, *args, **options))

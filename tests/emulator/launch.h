@@ -17,9 +17,10 @@ void launch(const char* name, void (*kernel)(KernelArgs...), int grid, int block
                              [&] { kernel(static_cast<std::remove_cvref_t<KernelArgs>>(args)...); });
 }
 
-// An H100's, with few SMs, so that small grids exercise what a full machine does.
 inline DeviceLimits device_limits(int) {
-  return {emulator::machine().options().sm_count, 228 * 1024, static_cast<int>(emulator::kMaxSharedBytes)};
+  const emulator::Options& options = emulator::machine().options();
+  const auto shared = static_cast<int>(options.shared_bytes);
+  return {options.sm_count, shared + kSharedReservedPerBlock, shared};
 }
 
 }  // namespace saw_int4

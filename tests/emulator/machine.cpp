@@ -49,11 +49,11 @@ bool same_site(const Site& a, const Site& b) {
 void Machine::launch(const std::string& kernel, int grid, int block_threads, uint32_t shared_bytes,
                      std::function<void()> body) {
   if (grid <= 0 || block_threads <= 0 || block_threads > kMaxWarps * kWarpSize || block_threads % kWarpSize != 0 ||
-      shared_bytes > kMaxSharedBytes) {
+      shared_bytes > options_.shared_bytes) {
     throw Error(text("launch of ", kernel, " with ", grid, " blocks of ", block_threads, " threads and ", shared_bytes,
                      " bytes of shared memory: expected at least 1 block, a multiple of 32 threads up to 1024, and "
                      "at most ",
-                     kMaxSharedBytes, " bytes"));
+                     options_.shared_bytes, " bytes"));
   }
   kernel_ = kernel;
   grid_ = grid;

@@ -24,7 +24,6 @@
 namespace saw_int4::emulator {
 
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
-inline constexpr uint32_t kMaxSharedBytes = 227 * 1024;  // what a block of sm_90 may ask for
 
 enum class BlockOrder { kAscending, kDescending, kShuffled };
 
@@ -32,7 +31,8 @@ struct Options {
   BlockOrder order = BlockOrder::kAscending;
   int resident_blocks = 1;  // > 1: that many blocks are in flight, switched at barriers and atomics, at random
   uint32_t seed = 0;
-  int sm_count = 4;  // what the launch planners are told of the device
+  int sm_count = 4;  // what the launch planners are told of the device; few, so that small grids do what full ones do
+  uint32_t shared_bytes = 227 * 1024;  // the most a block may have: an H100's
 };
 
 struct AsyncCopy {

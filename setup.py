@@ -3,7 +3,8 @@
 Environment:
     SAW_INT4_CPU_ONLY=1      leave the CUDA kernels out even where they could be built
     SAW_INT4_NO_EXTENSION=1  compile nothing: the extension was built in place before (scripts/setup.sh)
-    TORCH_CUDA_ARCH_LIST     architectures to build for (default: the GPUs present, else every supported one)
+    TORCH_CUDA_ARCH_LIST     architectures to build for (default: the GPUs present, else every supported one); +PTX
+                             only from 9.0 to 11.x
     MAX_JOBS                 parallel compile jobs
 """
 
@@ -18,6 +19,9 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 SUPPORTED_ARCHS = ["8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0"]
+# What may be built for. PTX of an architecture with little shared memory, compiled by the driver on a later GPU with
+# much, is bound to half of the threads that the planner launches there (kLargeShared in csrc/common/cuda_thread.h).
+BUILDABLE = re.compile(r"(8|12)\.\d[af]?|(9|10|11)\.\d[af]?(\+PTX)?")
 
 
 def nvcc_version() -> str | None:
@@ -56,8 +60,15 @@ def with_cuda() -> bool:
 
 
 def cuda_archs() -> str:
-    if "TORCH_CUDA_ARCH_LIST" in os.environ:
-        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        for arch in re.findall("[^ ;]+", asked):
+            if not BUILDABLE.fullmatch(arch):
+                raise SystemExit(
+                    f"saw_int4: TORCH_CUDA_ARCH_LIST names {arch!r}, expected 8.x to 12.x as numbers, with +PTX from "
+                    "9.x to 11.x only: kernels of other PTX do not launch on every later GPU. Name the architecture "
+                    f"of each GPU instead, or unset it for the GPUs present, or else {';'.join(SUPPORTED_ARCHS)}."
+                )
+        return asked
     if torch.cuda.is_available():
         present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         # The "a" targets hold the instructions of exactly that GPU generation.

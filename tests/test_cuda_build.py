@@ -1,5 +1,6 @@
-"""What nvcc makes of the CUDA kernels for every supported GPU, without one."""
+"""What the CUDA kernels are built for, and what nvcc makes of them for every supported GPU, without one."""
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,3 +48,27 @@ def test_glue_compiles_against_this_torch(tmp_path):
         command += ["-isystem", str(path)]
     done = subprocess.run([*command, "-o", str(tmp_path / "glue.o"), str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """The names of setup.py, run without building anything."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("SAW_INT4_NO_EXTENSION", "1")
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_architectures_asked_for_are_built_for(setup_py, monkeypatch):
+    supported = setup_py["SUPPORTED_ARCHS"]
+    for asked in (";".join(supported), " ".join(supported), "9.0a", "8.0;9.0+PTX", "10.0a+PTX 12.1"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+        assert setup_py["cuda_archs"]() == asked
+
+
+@pytest.mark.parametrize("arch", ["8.0+PTX", "8.6+PTX", "8.9+PTX", "12.0+PTX", "7.5", "Ampere"])
+def test_architectures_that_would_fail_at_launch_are_refused(setup_py, monkeypatch, arch):
+    for asked in (arch, f"9.0a;{arch}", f"{arch} 9.0a"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+        with pytest.raises(SystemExit) as refusal:
+            setup_py["cuda_archs"]()
+        assert f"TORCH_CUDA_ARCH_LIST names '{arch}', expected 8.x to 12.x" in str(refusal.value)

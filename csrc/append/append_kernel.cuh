@@ -277,10 +277,7 @@ SAW_INT4_DEVICE OpenRow<kGroups> quantize_row(const typename AppendRow<D>::Value
   return open;
 }
 
-// Blocks per SM that the registers allow without spilling.
-constexpr int append_blocks_per_sm(int head_dim, DType dtype) {
-  return 6;
-}
+inline constexpr int kAppendBlocksPerSm = 6;  // that the registers allow without spilling
 
 // A row on its way to shared memory while the one before it is computed: a lane copies what it will read itself, so
 // that no barrier is needed, and no register holds it.
@@ -349,7 +346,7 @@ SAW_INT4_DEVICE OpenRow<kGroups> append_row(AppendInput<D, kType>& input, const 
 // Even blocks do K, odd ones V, so that rotated and unrotated rows share an SM. A group of lanes does `rounds` rows,
 // one after the other.
 template <int D, DType kType, int kGroups>
-SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, append_blocks_per_sm(D, kType))
+SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, kAppendBlocksPerSm)
     saw_int4_append_kernel(const AppendParams p, const int rounds) {
   constexpr int kLanes = kAppendLanes<D>, kRows = kAppendRows<D>;
   const bool is_v = dev::block_index() % 2;

@@ -2,7 +2,8 @@
 //
 // Tokens are the M side of both products: S^T = K q'^T and O^T = V^T P^T, so that 8 query rows (one decode step of a
 // GQA group) fill an MMA, and 4 query tokens cost the KV traffic of one. Up to 16 rows of a KV head make a narrow pass
-// (narrow.cuh), more a wide one (wide.cuh); both share the pipeline, the walk along the work, and the merge.
+// (narrow.cuh), more, of head_dim 64 and 128, a wide one of 32 (wide.cuh); other head_dims make several narrow ones, of
+// 16 rows (256) or 8. Both share the pipeline, the walk along the work, and the merge.
 //
 // Assumes: q, out 16-byte aligned rows of fp16 or bf16; cache base 16-byte aligned; workspace counters zero.
 #pragma once

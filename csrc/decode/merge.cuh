@@ -1,7 +1,7 @@
 // Softmax pieces put together: over the warps that share a KV head (shared memory), then over the blocks that share a
-// run of tiles (workspace, read by whichever block counts itself last; no second launch). Pieces are (m, l, O): largest
-// logit in log2 units, sum of 2^(logit - m), and sum of 2^(logit - m) v. They are added in a fixed order: same bits in
-// every run.
+// run of tiles (workspace, read by whichever block counts itself last; no second launch). Pieces are (m, l, O): a
+// reference in log2 units, up to kSlack below the largest logit (softmax.cuh), sum of 2^(logit - m), and sum of
+// 2^(logit - m) v. They are added in a fixed order: same bits in every run.
 //
 // One warp per query row, lane l holds channels l*N .. l*N + N - 1: rotation of the output is a warp's business too.
 #pragma once

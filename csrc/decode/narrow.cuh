@@ -1,9 +1,9 @@
-// A pass of up to 8 or 16 query rows. A warp owns one KV head and 32 tokens per tile, and has all their channels; lane
-// = 4g + c holds, for QK, tokens g and g + 8 and every fourth word of them; for PV, tokens 2c, 2c+1, 2c+8, 2c+9 and
-// word g of every eight: two byte permutes put the codes of two tokens side by side. S^T becomes the operand P^T by one
-// 8x8 transpose per 16 tokens. Scales stay outside the products (query.cuh, fragments.cuh). With two groups per row
-// each has a product and weights of its own: k-steps of QK and MMAs of PV alternate between groups by format.h's choice
-// of channels, so that loads and MMAs are as many as for one.
+// A pass of up to 8 query rows, or 16 of head_dim 64, 128 and 256. A warp owns one KV head and 32 tokens per tile, and
+// has all their channels; lane = 4g + c holds, for QK, tokens g and g + 8 and every fourth word of them; for PV, tokens
+// 2c, 2c+1, 2c+8, 2c+9 and word g of every eight: two byte permutes put the codes of two tokens side by side. S^T
+// becomes the operand P^T by one 8x8 transpose per 16 tokens. Scales stay outside the products (query.cuh,
+// fragments.cuh). With two groups per row each has a product and weights of its own: k-steps of QK and MMAs of PV
+// alternate between groups by format.h's choice of channels, so that loads and MMAs are as many as for one.
 //
 // Bound: HBM. A head_dim 128 row pair of 32 tokens is 4352 bytes, 300 cycles of an H100 SM's share (14.5 B/cycle) =
 // 1200 issue slots; the inner loop issues about 500 (csrc/README.md counts them in the SASS).

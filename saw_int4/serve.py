@@ -126,17 +126,22 @@ def command(model: str, host: str, port: int, *flags: str) -> list[str]:
 
 @contextlib.contextmanager
 def running(argv: list[str], url: str, log: Path, **variables: str) -> Iterator[subprocess.Popen]:
-    """A server, from its first answer on, with more environment variables. It ends with every process it started."""
+    """A server, from its first answer on, with more environment variables. It ends with every process it started.
+
+    In the main thread: SIGTERM becomes SystemExit, so that it ends with this process too.
+    """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, **variables}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
         server = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         wait_until_healthy(url, server, log)
         yield server
     finally:
         stop(server)
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -126,3 +126,16 @@ def tier_and_answer(server: Server, prompt: list[int], page: int, max_new_tokens
     found = answer["meta_info"]["cached_tokens_details"] or {}
     pages = (len(prompt) - 1) // page * page
     return "".join(tier for tier in ("device", "host", "storage") if found.get(tier) == pages), output_logprobs(answer)
+
+
+def tiers_and_answers(server: Server, length: int, page: int, max_new_tokens: int) -> tuple[list[str], list]:
+    """``tier_and_answer`` of one prompt: new, again, after three others have filled the pool, and after a flush."""
+    prompt = list(range(1000, 1000 + length))
+    found = [tier_and_answer(server, prompt, page, max_new_tokens) for _ in range(2)]
+    for start in (2000, 3000, 4000):
+        server.generate(list(range(start, start + length)))
+    found.append(tier_and_answer(server, prompt, page, max_new_tokens))
+    server.flush()
+    found.append(tier_and_answer(server, prompt, page, max_new_tokens))
+    tiers, answers = zip(*found)
+    return list(tiers), list(answers)

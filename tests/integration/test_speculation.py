@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import eagle_head, granite_swa, qwen3
 from conftest import CALIBRATED
-from server import Server, tier_and_answer
+from server import Server, tiers_and_answers
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.eagle_utils import TreeMaskMode
@@ -421,14 +421,9 @@ def test_windows_and_tiers(model, tmp_path, logs):
         server.ready()
         assert "SWAKVPool mem usage" in server.text()
         assert read_again(server, list(range(100, 120)) * 3, 190) > 1.5
-        prompt = list(range(1000, 1200))
-        _, cold = tier_and_answer(server, prompt, 16, 1)
-        assert tier_and_answer(server, prompt, 16, 1) == ("device", cold)
-        for start in (2000, 3000, 4000):  # other prompts fill the pool
-            server.generate(list(range(start, start + 200)))
-        assert tier_and_answer(server, prompt, 16, 1) == ("host", cold)
-        server.flush()
-        assert tier_and_answer(server, prompt, 16, 1) == ("storage", cold)
+        tiers, (cold, *hits) = tiers_and_answers(server, 200, 16, 1)
+        assert tiers[1:] == ["device", "host", "storage"]
+        assert hits == [cold] * 3
         with pytest.raises(urllib.error.HTTPError) as refused:  # its rows would be stored under the old model's name
             server.call("/update_weights_from_disk", {"model_path": str(tmp_path / "model")})
         assert b"storage keys name the model" in refused.value.read()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import qwen3_moe
-from server import HERE, Server, environment, tier_and_answer
+from server import HERE, Server, environment, tiers_and_answers
 
 from saw_int4 import env
 from saw_int4.calibration.calibrate import path_of
@@ -84,14 +84,9 @@ def test_four_ranks(tiny, logs, expected):
         assert cache["bytes_per_token"] == token_bytes
         assert mean_gap(server.prompt_logprobs(IDS), expected) < LIMIT
 
-        prompt = list(range(1000, 1400))
-        _, cold = tier_and_answer(server, prompt, 16, 8)
-        assert tier_and_answer(server, prompt, 16, 8) == ("device", cold)
-        for start in (2000, 3000, 4000):  # other prompts fill the pool
-            server.generate(list(range(start, start + 400)))
-        assert tier_and_answer(server, prompt, 16, 8) == ("host", cold)
-        server.flush()
-        assert tier_and_answer(server, prompt, 16, 8) == ("storage", cold)
+        tiers, (cold, *hits) = tiers_and_answers(server, 400, 16, 8)
+        assert tiers[1:] == ["device", "host", "storage"]
+        assert hits == [cold] * 3
         ranks = {file.stem.split("_", 1)[1] for file in store.glob("*.bin")}
         assert {name[-7:] for name in ranks} == {f"{tp}_2_2_{pp}" for tp in range(2) for pp in range(2)}
     finally:

@@ -32,8 +32,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from saw_int4.sglang_plugin import cpu_speculation, cpu_transfers
 
         cpu_transfers.install()
-        if sglang_version() != "0.5.21":
-            cpu_speculation.widen_lines()
+        cpu_speculation.widen_lines()
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         known = (NGRAM, *WITH_DRAFT_MODEL)

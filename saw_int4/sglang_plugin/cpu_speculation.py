@@ -56,11 +56,12 @@ def widen_lines() -> None:
     With pages of one token SGLang adds room for the drafts that are verified alone; it reserves twice as many slots as
     a tree has branches and steps, and near the end of the context writes those past the line.
     """
-    from sglang.srt.mem_cache import allocation_sizing, kv_cache_configurator
     from sglang.srt.runtime_context import get_spec
 
     if get_spec().speculative_algorithm is None:
         return
+    from sglang.srt.mem_cache import allocation_sizing, kv_cache_configurator
+
     counted = kv_cache_configurator.get_req_to_token_extra_context_len
     reserve = allocation_sizing.get_alloc_reserve_per_decode
     kv_cache_configurator.get_req_to_token_extra_context_len = lambda: max(counted(), reserve())

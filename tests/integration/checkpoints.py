@@ -33,6 +33,15 @@ def save(model, tokenizer_from: Path, folder: Path) -> Path:
     return folder
 
 
+def llama(tokenizer_from: Path, folder: Path) -> Path:
+    """Llama: multi-query attention, 4 query heads on one KV head of 64."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    shape = {**_SMALL, "num_hidden_layers": 3, "hidden_size": 256, "num_key_value_heads": 1}
+    return save(LlamaForCausalLM(LlamaConfig(**shape)), tokenizer_from, folder)
+
+
 def qwen3(tokenizer_from: Path, folder: Path, **changes) -> Path:
     """Dense Qwen3, head_dim 128, 4 query heads on 2 KV heads, 3 layers."""
     from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -158,8 +158,15 @@ def decode_workspace(
     """
     if device.type != "cuda":
         return None
-    nbytes = _C.decode_workspace_bytes(device.index or 0, num_query_rows, num_q_heads, head_dim, batch_invariant)
+    nbytes = decode_workspace_bytes(device, num_query_rows, num_q_heads, head_dim, batch_invariant=batch_invariant)
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+
+
+def decode_workspace_bytes(
+    device: torch.device, num_query_rows: int, num_q_heads: int, head_dim: int, *, batch_invariant: bool = False
+) -> int:
+    """Bytes of ``decode_workspace`` on a CUDA device."""
+    return _C.decode_workspace_bytes(device.index or 0, num_query_rows, num_q_heads, head_dim, batch_invariant)
 
 
 def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_out: Tensor, v_out: Tensor) -> None:

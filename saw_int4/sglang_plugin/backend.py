@@ -11,12 +11,11 @@ import logging
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
-from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from saw_int4 import env, ops
-from saw_int4.sglang_plugin import prefill, ragged_prefill, verify
+from saw_int4.sglang_plugin import bf16_layers, prefill, ragged_prefill, verify, workspaces
 from saw_int4.sglang_plugin.plan import Group, Plan, ShortRequests, decode_limit, plan_decode, plan_extend
 from saw_int4.sglang_plugin.pool import Int4KVPool, locate, pools_of
 from saw_int4.sglang_plugin.speculation import VerifyBuffers, plan_verify, plan_windows, verify_mask
@@ -24,10 +23,6 @@ from saw_int4.sglang_plugin.transform import KeyTransform
 from saw_int4.sglang_plugin.window_slots import WindowSlots
 
 logger = logging.getLogger(__name__)
-
-# Keys and values that a long extend gathers at a time. Allocated before CUDA graphs are captured, from the memory that
-# SGLang leaves outside of the KV pool for such things (FlashInfer's backend takes 384 MB of it).
-GATHER_BYTES = 128 << 20
 
 
 class Int4AttentionBackend(AttentionBackend):
@@ -42,9 +37,8 @@ class Int4AttentionBackend(AttentionBackend):
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.page_size = model_runner.page_size
         self.plan: Plan | None = None
-        layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
-        # Most older tokens that a row of a windowed layer sees. The runner knows of some models' windows alone.
-        self.window = max([model_runner.sliding_window_size or 0, *(layer.sliding_window_size for layer in layers)])
+        layers = workspaces.attention_layers(model_runner.model)
+        self.window = workspaces.widest_window(layers, model_runner.sliding_window_size)
         self.window_slots: WindowSlots | None = None
         if hasattr(self.token_to_kv_pool, "swa_kv_pool"):
             table, kept = self.req_to_token_pool.req_to_token, model_runner.sliding_window_size
@@ -54,7 +48,7 @@ class Int4AttentionBackend(AttentionBackend):
         self._batch_invariant = env.published().batch_invariant
         self._verify_buffers: VerifyBuffers | None = None  # where verifications are captured
         self._verify_mask = verify_mask(self.token_to_kv_pool.device)
-        self._bf16_layers = _bf16_backend(model_runner)
+        self._bf16_layers = bf16_layers.backend_for(model_runner)
         self._layers: dict[int, tuple[Int4KVPool, int, bool]] = {}  # checked layers, as pool.locate finds them
 
         cuda = torch.device(self.token_to_kv_pool.device).type == "cuda"
@@ -62,7 +56,7 @@ class Int4AttentionBackend(AttentionBackend):
         pools, model = pools_of(self.token_to_kv_pool), model_runner.model_config
         self.decode_limit = decode_limit(model.num_attention_heads // model.get_total_num_kv_heads(), cuda)
         token_bytes = 2 * max(p.head_num * p.head_dim for p in pools) * model_runner.dtype.itemsize
-        self.capacity = max(GATHER_BYTES // token_bytes, 2 * self.window)
+        self.capacity = workspaces.gather_tokens(token_bytes, self.window)
         self._gathered = torch.empty(
             self.capacity * token_bytes, dtype=torch.uint8, device=self.token_to_kv_pool.device
         )
@@ -83,18 +77,15 @@ class Int4AttentionBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch) -> None:
         """For a pass without a graph."""
         self._make_plan(forward_batch)
-        if self._bf16_layers is not None:
-            self._bf16_layers.init_forward_metadata(forward_batch)
+        self._bf16_layers.init_forward_metadata(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False) -> None:
         """For a graph's capture, and before it is replayed."""
         self._make_plan(forward_batch)
-        if self._bf16_layers is not None:
-            self._bf16_layers.init_forward_metadata_out_graph(forward_batch, in_capture)
+        self._bf16_layers.init_forward_metadata_out_graph(forward_batch, in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch) -> None:
-        if self._bf16_layers is not None:
-            self._bf16_layers.init_forward_metadata_in_graph(forward_batch)
+        self._bf16_layers.init_forward_metadata_in_graph(forward_batch)
 
     def _make_plan(self, forward_batch) -> None:
         """A captured graph keeps reading the tensors that a decode plan holds: the runner's own."""
@@ -120,8 +111,7 @@ class Int4AttentionBackend(AttentionBackend):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         if self.window_slots is not None:
             self.window_slots.reserve(max_bs, max_num_tokens)
-        if self._bf16_layers is not None:
-            self._bf16_layers.init_cuda_graph_state(max_bs, max_num_tokens)
+        self._bf16_layers.init_cuda_graph_state(max_bs, max_num_tokens)
         self._graph_rows = max_num_tokens
         self._verify_buffers = VerifyBuffers(max_bs, max_num_tokens, self.window, self.token_to_kv_pool.device)
 
@@ -141,7 +131,7 @@ class Int4AttentionBackend(AttentionBackend):
 
     def _workspace(self, q: torch.Tensor, rows: int) -> torch.Tensor | None:
         """Scratch of decode_attention for so many query rows; grows in the eager pass before a capture, not in it."""
-        rows = max(rows, self._graph_rows)
+        rows = max(rows, workspaces.decode_rows(self._graph_rows, self._batch_invariant))
         if q.is_cuda and rows > self._workspace_rows:
             workspace = ops.decode_workspace(q.device, rows, *q.shape[1:], batch_invariant=self._batch_invariant)
             self._workspaces.append(workspace)
@@ -315,17 +305,3 @@ class Int4AttentionBackend(AttentionBackend):
                 "Way out: use another --kv-cache-dtype for this model."
             )
         return pool, local, is_swa
-
-
-def _bf16_backend(model_runner) -> AttentionBackend | None:
-    """SGLang's own attention for layers that stay in BF16; None where there are none."""
-    pool = model_runner.token_to_kv_pool
-    if not any(any(part.quant_method.in_bf16) for part in pools_of(pool)):
-        return None
-    if torch.device(pool.device).type != "cuda":
-        return TorchNativeAttnBackend(model_runner)
-    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
-
-    backend = TritonAttnBackend(model_runner)
-    backend.v_head_dim = model_runner.model_config.v_head_dim  # it took that of the first layer's rows
-    return backend

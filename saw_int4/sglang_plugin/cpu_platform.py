@@ -29,10 +29,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "torch_native"
 
     def post_load_model(self, model) -> None:
-        from saw_int4.sglang_plugin import cpu_speculation, cpu_transfers
+        from saw_int4.sglang_plugin import cpu_transfers
 
         cpu_transfers.install()
-        cpu_speculation.widen_lines()
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         known = (NGRAM, *WITH_DRAFT_MODEL)

@@ -50,23 +50,6 @@ def worker_class(algorithm: str) -> type:
     return CpuWorker
 
 
-def widen_lines() -> None:
-    """Give each request's line of slots room for all that SGLang reserves for a pass.
-
-    With pages of one token SGLang adds room for the drafts that are verified alone; it reserves twice as many slots as
-    a tree has branches and steps, and near the end of the context writes those past the line.
-    """
-    from sglang.srt.runtime_context import get_spec
-
-    if get_spec().speculative_algorithm is None:
-        return
-    from sglang.srt.mem_cache import allocation_sizing, kv_cache_configurator
-
-    counted = kv_cache_configurator.get_req_to_token_extra_context_len
-    reserve = allocation_sizing.get_alloc_reserve_per_decode
-    kv_cache_configurator.get_req_to_token_extra_context_len = lambda: max(counted(), reserve())
-
-
 def draft_slots(*, req_pool_indices, req_to_token, start_offset, end_offset, **_) -> Tensor:
     """Slots of the tokens ``start_offset .. end_offset - 1`` of each request, int64, one request after the other."""
     lines = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist())

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]  # called as ``prefill.attend``
 PLANS = 4  # kept; FlashInfer takes 8 MB of the GPU's memory and of the host's for each
+SHARED_BYTES = 1 << 20  # FlashInfer's room for split keys, of which we make no use
+DEVICE_BYTES = SHARED_BYTES + PLANS * (8 << 20)
 HEAD_DIMS = (64, 128, 256)  # of FlashInfer's prefill kernels, FA2's and FA3's
 DTYPES = (torch.bfloat16, torch.float16)
 # Of FlashInfer, of its compiler, of its kernels.
@@ -69,7 +71,7 @@ class RaggedPrefill:
 
         self._kernels = "fa3" if torch.cuda.get_device_capability(device)[0] == 9 else "fa2"
         self.name = f"FlashInfer's {self._kernels.upper()}"
-        shared = torch.empty(1 << 20, dtype=torch.uint8, device=device)  # of split keys: no call splits them
+        shared = torch.empty(SHARED_BYTES, dtype=torch.uint8, device=device)
         new = lambda: BatchPrefillWithRaggedKVCacheWrapper(shared, "NHD", backend=self._kernels)  # noqa: E731
         self._free = [new() for _ in range(PLANS)]
         self._planned: OrderedDict[tuple, tuple] = OrderedDict()  # what for: the wrapper, and when its plan was copied
@@ -84,34 +86,41 @@ class RaggedPrefill:
         k_indptr: Tensor,
         k_lens: list[int],
         *,
-        causal: bool,
-        sm_scale: float,
-        window: int = -1,
-        logit_cap: float = 0.0,
         score_shift: Tensor | None = None,
         need_lse: bool = False,
+        **options,
     ) -> tuple[Tensor, Tensor | None]:
         """See ``prefill.attend``, which takes what FlashInfer cannot: a shift of the scores before the cap."""
         if score_shift is not None:
-            return prefill.attend(
-                q, k, v, q_indptr, q_lens, k_indptr, k_lens, causal=causal, sm_scale=sm_scale, window=window,
-                logit_cap=logit_cap, score_shift=score_shift, need_lse=need_lse,
-            )  # fmt: skip
-        key = (tuple(q_lens), tuple(k_lens), *q.shape[1:], k.shape[1], q.dtype, causal, sm_scale)
-        wrapper = self._plan(*key, window if causal and window >= 0 else -1, max(logit_cap, 0.0))
+            options |= {"score_shift": score_shift, "need_lse": need_lse}
+            return prefill.attend(q, k, v, q_indptr, q_lens, k_indptr, k_lens, **options)
+        wrapper = self._wrapper(q_lens, k_lens, q, k.shape[1], **options)
         if not need_lse:
             return wrapper.run(q, k, v), None
         out, lse = wrapper.run(q, k, v, return_lse=True)
         return out, lse * math.log(2)  # FlashInfer's is of base 2
 
-    def _plan(self, *key):
+    def _wrapper(
+        self,
+        q_lens: list[int],
+        k_lens: list[int],
+        q: Tensor,
+        H_kv: int,
+        *,
+        causal: bool,
+        sm_scale: float,
+        window: int = -1,
+        logit_cap: float = 0.0,
+    ):
         """The wrapper that is planned for a call."""
+        _, H_q, D = q.shape
+        window, logit_cap = window if causal and window >= 0 else -1, max(logit_cap, 0.0)
+        key = (tuple(q_lens), tuple(k_lens), H_q, H_kv, D, q.dtype, causal, sm_scale, window, logit_cap)
         if key in self._planned:
             self._planned.move_to_end(key)
             return self._planned[key][0]
-        q_lens, k_lens, H_q, D, H_kv, dtype, causal, sm_scale, window, logit_cap = key
-        if D not in HEAD_DIMS or dtype not in DTYPES:
-            raise ValueError(f"its prefill got head_dim {D} in {dtype}, expected one of {HEAD_DIMS} in 16 bits")
+        if D not in HEAD_DIMS or q.dtype not in DTYPES:
+            raise ValueError(f"its prefill got head_dim {D} in {q.dtype}, expected one of {HEAD_DIMS} in 16 bits")
         if self._free:
             wrapper, copied = self._free.pop(), torch.cuda.Event()
         else:  # of the oldest plan, whose host buffer may be overwritten once the GPU has its copy
@@ -127,7 +136,7 @@ class RaggedPrefill:
             sm_scale=sm_scale,
             window_left=window,
             logits_soft_cap=logit_cap,
-            q_data_type=dtype,
+            q_data_type=q.dtype,
             disable_split_kv=True,
         )
         copied.record()

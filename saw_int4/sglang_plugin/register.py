@@ -69,6 +69,8 @@ def hooks() -> dict[str, Callable]:
         "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype": pool_hooks.configure_kv_cache_dtype,
         f"{configurator}._build_mha_kv_pool": pool_hooks.build_pool,
         f"{configurator}._build_hybrid_swa_kv_pool": pool_hooks.build_pool,
+        f"{configurator}._profile_available_bytes": sizing.pool_budget,
+        "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len": sizing.line_room,
         f"{sizes}.DefaultPoolConfigurator._compute_cell_size": sizing.cell_size,
         f"{sizes}.HybridSWAPoolConfigurator.__init__": sizing.hybrid_swa,
         f"{scheduler}.__init__": verify.scheduler_init,

@@ -1,11 +1,15 @@
-"""Bytes per token for SGLang's memory sizing: asked of the row format, exact by construction."""
+"""SGLang's memory sizing: what the backend's workspaces leave of it, and bytes per token, asked of the row format."""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 
 from saw_int4 import env
 from saw_int4.sglang_plugin.names import KV_CACHE_DTYPE
+
+logger = logging.getLogger(__name__)
 
 
 def token_bytes(num_kv_heads: int, head_dim: int, layers: range) -> int:
@@ -15,6 +19,45 @@ def token_bytes(num_kv_heads: int, head_dim: int, layers: range) -> int:
     options = env.published()
     method = Int4KVMethod(options.kv_format(head_dim), [layer in options.bf16_layer_ids for layer in layers])
     return method.compute_cell_size(num_kv_heads, head_dim, len(layers), 1)
+
+
+def pool_budget(original, self, pre_model_load_memory):
+    """AROUND KVCacheConfigurator._profile_available_bytes: on a GPU less what the backend allocates beside the pool.
+
+    SGLang's --mem-fraction-static leaves memory for activations and graphs, of which our workspaces take none then.
+    A CPU's memory is not filled to the last byte.
+    """
+    available = original(self, pre_model_load_memory)
+    if self.kv_cache_dtype_str != KV_CACHE_DTYPE or torch.device(self.device).type != "cuda":
+        return available
+    from saw_int4.sglang_plugin import workspaces
+
+    parts = workspaces.beside_the_pool(self)
+    total = sum(parts.values())
+    listed = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in parts.items() if size)
+    logger.info("saw_int4: %.1f MB beside the KV pool, out of its budget: %s", total / 2**20, listed)
+    if total >= available:
+        raise ValueError(
+            f"--kv-cache-dtype int4: {available / 2**20:.1f} MB are left for the KV cache, and its workspaces need "
+            f"{total / 2**20:.1f} ({listed}). Way out: raise --mem-fraction-static, or serve fewer requests at once "
+            "(--cuda-graph-max-bs-decode)."
+        )
+    return available - total
+
+
+def line_room(original):
+    """AROUND get_req_to_token_extra_context_len: cells of a request's line of slots past the end of the context.
+
+    With pages of one token SGLang counts the drafts that are verified alone; it reserves twice as many slots as a tree
+    has branches and steps, and near the end of the context writes those past the line.
+    """
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+    from sglang.srt.runtime_context import get_model, get_spec
+
+    counted = original()
+    if get_model().kv_cache_dtype != KV_CACHE_DTYPE or get_spec().speculative_algorithm is None:
+        return counted
+    return max(counted, get_alloc_reserve_per_decode())
 
 
 def cell_size(original, self, kvc, num_layers):

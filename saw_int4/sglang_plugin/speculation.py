@@ -11,6 +11,7 @@ from sglang.srt.speculative.eagle_info import EagleVerifyInput
 from sglang.srt.speculative.eagle_utils import TreeMaskMode
 from torch import Tensor
 
+from saw_int4.sglang_plugin import workspaces
 from saw_int4.sglang_plugin.plan import Plan, ShortRequests
 
 
@@ -80,17 +81,20 @@ def plan_windows(short: ShortRequests, table: Tensor, window: int, window_slots,
     branch = seen.argsort(dim=1, descending=True, stable=True)  # places of a draft's ancestors and its own, in order
     cached = (short.seq_lens - drafts)[:, None].expand(-1, drafts).reshape(-1, 1)
     length = cached + seen.sum(dim=1, keepdim=True)
-    line_lens = length.clamp(max=window + 1)
-    tokens = length - line_lens + torch.arange(window + 1, device=device)
-    places = cached + branch.gather(1, (tokens - cached).clamp(0, drafts - 1))
-    tokens = torch.where(tokens < cached, tokens, places).clamp_(max=table.shape[1] - 1)
-    lines = table[short.table_rows[:, None].expand(-1, drafts).reshape(-1, 1), tokens]
-    if window_slots is not None:
-        lines = window_slots.translate(lines)
-    line_lens, rows = line_lens.squeeze(1), len(lines)
+    first = (length - window - 1).clamp_(min=0)
+    requests, rows = short.table_rows[:, None].expand(-1, drafts).reshape(-1, 1), len(cached)
     if buffers is not None and rows <= len(buffers.lines):
-        lines, line_lens = buffers.lines[:rows].copy_(lines), buffers.line_lens[:rows].copy_(line_lens)
-        numbers = buffers.line_numbers[:rows]
+        lines, line_lens, numbers = (x[:rows] for x in (buffers.lines, buffers.line_lens, buffers.line_numbers))
     else:
-        numbers = torch.arange(rows, device=device)
+        lines = torch.empty(rows, window + 1, dtype=torch.int32, device=device)
+        line_lens, numbers = torch.empty_like(cached[:, 0]), torch.arange(rows, device=device)
+    line_lens.copy_((length - first)[:, 0])
+    step = max(1, workspaces.DRAFT_CELLS // (window + 1))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        tokens = first[part] + torch.arange(window + 1, device=device)
+        places = cached[part] + branch[part].gather(1, (tokens - cached[part]).clamp_(0, drafts - 1))
+        tokens = torch.where(tokens < cached[part], tokens, places).clamp_(max=table.shape[1] - 1)
+        slots = table[requests[part], tokens]
+        lines[part] = slots if window_slots is None else window_slots.translate(slots)
     return ShortRequests(numbers, line_lens, batch_rows=numbers, table=lines)

@@ -20,7 +20,7 @@ from test_attention import H_KV, H_Q, PAGE, SLOTS, WINDOW, D, make_backend, make
 
 from saw_int4 import ops
 from saw_int4.format import row_bytes
-from saw_int4.sglang_plugin import cpu_drafts, cpu_speculation, speculation
+from saw_int4.sglang_plugin import cpu_drafts, cpu_speculation, speculation, workspaces
 from saw_int4.sglang_plugin.names import sglang_version
 
 DRAFTS = 8
@@ -143,6 +143,7 @@ def test_captured_graph_sees_the_next_drafts(monkeypatch):
     backend.init_forward_metadata_out_graph(make_verification(backend, trees, lens))
     assert captured.seq_lens.tolist() == [n + DRAFTS for n in lens]
     assert torch.equal(captured.tree_mask, speculation.tree_bits(full_mask(trees, lens), torch.tensor(lens), DRAFTS))
+    monkeypatch.setattr(workspaces, "DRAFT_CELLS", 3 * (WINDOW + 1))  # a few lines at a time
     fresh = speculation.plan_windows(captured, backend.req_to_token_pool.req_to_token, WINDOW, None)
     for name in ("table_rows", "batch_rows", "seq_lens", "table"):
         assert torch.equal(getattr(windowed, name), getattr(fresh, name))

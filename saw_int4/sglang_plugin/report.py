@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from saw_int4 import env
 from saw_int4.sglang_plugin import register
 from saw_int4.sglang_plugin.names import KV_CACHE_DTYPE
@@ -11,9 +13,11 @@ from saw_int4.sglang_plugin.pool import pools_of
 
 logger = logging.getLogger(__name__)
 
+_SHARES = "_saw_int4_bytes_per_token"  # where a scheduler keeps every rank's
+
 
 def describe(model_runner) -> dict:
-    """The format and the sizes of a rank's INT4 cache, for server info and metrics."""
+    """The format and the sizes of a rank's INT4 cache, for server info and metrics: of its layers, its KV heads."""
     parts = pools_of(model_runner.token_to_kv_pool)
     lead = parts[0]
     return {
@@ -24,6 +28,7 @@ def describe(model_runner) -> dict:
         "bits_per_element": lead.format.bits_per_element,
         "capacity_ratio": lead.format.capacity_ratio,
         "bf16_layers": sorted(env.published().bf16_layer_ids),
+        "layers": sorted(layer for part in parts for layer in part.layer_ids),
         "capacity_tokens": model_runner.max_total_num_tokens,
         "bytes_per_token": sum(p.bytes_per_token for p in parts),
         "bfloat16_bytes_per_token": sum(p.layer_num * p.head_num * p.head_dim * 2 * 2 for p in parts),
@@ -32,8 +37,14 @@ def describe(model_runner) -> dict:
 
 
 def start(scheduler, model_runner) -> None:
-    """Log the format once, and export it when SGLang's metrics are on."""
+    """Log the format once, export it when SGLang's metrics are on, and ask all ranks for their share of a token."""
+    from sglang.srt.distributed.parallel_state import get_world_group
+
     info = describe(model_runner)
+    group = get_world_group().cpu_group
+    shares = [0] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(shares, info["bytes_per_token"], group=group)
+    setattr(scheduler, _SHARES, shares)
     logger.info(
         "saw_int4: serving [%s], layers in BF16 %s, %d tokens, %d bytes per token, seams %s",
         info["format"],
@@ -47,10 +58,14 @@ def start(scheduler, model_runner) -> None:
 
 
 def internal_state(original, self, recv_req):
-    """AROUND Scheduler.get_internal_state: ``/server_info`` gains the key ``kv_cache_format``."""
+    """AROUND Scheduler.get_internal_state: ``/server_info`` gains the key ``kv_cache_format``.
+
+    Of the rank that answers, the first of its replica, and a token's bytes on all of the replica's ranks.
+    """
     result = original(self, recv_req)
     if self.server_args.kv_cache_dtype == KV_CACHE_DTYPE:
-        result.internal_state["kv_cache_format"] = describe(self.tp_worker.model_runner)
+        shares = {"bytes_per_token_on_all_ranks": sum(getattr(self, _SHARES))}
+        result.internal_state["kv_cache_format"] = describe(self.tp_worker.model_runner) | shares
     return result
 
 

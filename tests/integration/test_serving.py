@@ -37,6 +37,7 @@ def test_format_is_reported(int4_server):
         line = next(line for line in metrics.splitlines() if line.startswith(f"saw_int4_kv_{name}{{"))
         assert float(line.rsplit(" ", 1)[1]) == cache[name]
     assert cache["capacity_tokens"] == POOL_TOKENS and cache["bf16_layers"] == []
+    assert cache["layers"] == list(range(30)) and cache["bytes_per_token_on_all_ranks"] == cache["bytes_per_token"]
 
 
 def test_capacity(int4_server, bf16_server):

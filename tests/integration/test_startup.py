@@ -81,7 +81,8 @@ def test_four_ranks(tiny, logs, expected):
         cache = server.state()["kv_cache_format"]
         found = env.Options(calibration=str(path_of(model_fingerprint(tiny), 128, 2, home=logs)), groups=2)
         assert cache["fingerprint"] == found.kv_format(128).fingerprint
-        assert cache["bytes_per_token"] == token_bytes
+        assert (cache["layers"], cache["bytes_per_token"]) == ([0], token_bytes)
+        assert cache["bytes_per_token_on_all_ranks"] == 2 * 3 * token_bytes
         assert mean_gap(server.prompt_logprobs(IDS), expected) < LIMIT
 
         tiers, (cold, *hits) = tiers_and_answers(server, 400, 16, 8)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from saw_int4 import env, ops
 from saw_int4.calibration import artifact
@@ -14,6 +17,7 @@ from saw_int4.calibration.fit import KeyTransform as Fitted
 from saw_int4.format import row_bytes
 from saw_int4.sglang_plugin import pool as pool_module
 from saw_int4.sglang_plugin.pool import Int4KVPool
+from saw_int4.sglang_plugin.quant_method import Int4KVMethod
 
 pytestmark = pytest.mark.both_versions
 
@@ -34,7 +38,9 @@ def calibration(tmp_path):
     return made, tmp_path / "a.safetensors"
 
 
-def pool_of(monkeypatch, path, rank=0, size=1, heads=TOTAL_HEADS, first_layer=0, **options) -> Int4KVPool:
+def pool_of(
+    monkeypatch, path, rank=0, size=1, heads=TOTAL_HEADS, first_layer=0, memory_saver=False, **options
+) -> Int4KVPool:
     monkeypatch.setenv(env.RESOLVED, env.Options(calibration=str(path), **options).to_json())
     parallel = SimpleNamespace(attn_tp_rank=rank, attn_tp_size=size)
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: parallel)
@@ -48,7 +54,7 @@ def pool_of(monkeypatch, path, rank=0, size=1, heads=TOTAL_HEADS, first_layer=0,
         layer_num=LAYERS - first_layer,
         start_layer=first_layer,
         device="cpu",
-        enable_memory_saver=False,
+        enable_memory_saver=memory_saver,
         enable_kv_cache_copy=True,
     )
 
@@ -71,6 +77,43 @@ def test_rows_are_calibrated_ones_of_this_rank(calibration, monkeypatch, rank, s
     )
     for got, expected in zip(pool.get_kv_buffer(2), want):
         assert torch.equal(got.view(torch.uint8)[slots], expected[slots])
+
+
+def test_memory_saver(calibration, monkeypatch):
+    """--enable-memory-saver gives back rows and nothing else: what memory comes again, whatever it holds, serves."""
+    regions = []
+
+    class Saver(TorchMemorySaverAdapter):
+        """Knows which allocations it may take away."""
+
+        @contextmanager
+        def region(self, tag, enable_cpu_backup=False):
+            regions.append(tag)
+            yield
+            regions.pop()
+
+    def allocate(method, *args):
+        assert regions == [GPU_MEMORY_TYPE_KV_CACHE]
+        return create_buffers(method, *args)
+
+    create_buffers = Int4KVMethod.create_buffers
+    monkeypatch.setattr(Int4KVMethod, "create_buffers", allocate)
+    monkeypatch.setattr(TorchMemorySaverAdapter, "create", staticmethod(lambda enable: Saver()))
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(1, 8, DIM), torch.randn(2, 5, TOTAL_HEADS, DIM, dtype=torch.bfloat16)
+    slots = torch.tensor([3, 9, 1, 30, 7])
+    pool = pool_of(monkeypatch, calibration[1], memory_saver=True)
+    answers = []
+    for _ in range(2):
+        pool.set_kv_buffer(SimpleNamespace(layer_id=2), KVWriteLoc(slots), k, v)
+        transform = pool.transforms[2]
+        options = dict(k_mean=transform.mean, k_scale=transform.scale, k_sign=transform.sign, rotate_v=True)
+        table = torch.tensor([[*slots.tolist(), 0, 0]], dtype=torch.int32)
+        request = table, torch.tensor([0]), torch.tensor([5])
+        answers.append(ops.decode_attention(q, *pool.rows(2), *request, sm_scale=0.1, rotation_order=DIM, **options))
+        for rows in (*pool.k_buffer, *pool.v_buffer):
+            rows.fill_(0xFF)  # NaN where parameters are
+    assert torch.equal(*answers) and answers[0].isfinite().all()
 
 
 def test_formats_of_other_artifacts_differ(calibration, monkeypatch):

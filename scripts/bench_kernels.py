@@ -14,6 +14,7 @@ disturb. On a GPU every candidate is a CUDA graph of calls over as many differen
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -87,10 +88,10 @@ def triton_decode(q, k, v, table, lens, scale):
 
 def flashinfer_decode(q, k, v, table, page_size, scale, tensor_cores):
     """FlashInfer's BF16 decode over the same pages, or None where FlashInfer is not installed."""
-    try:
-        import flashinfer
-    except ImportError:
+    if importlib.util.find_spec("flashinfer") is None:
         return None
+    import flashinfer  # one that is there and does not load is an error, not a column less
+
     batch, context = table.shape
     workspace = torch.empty(2**27, dtype=torch.uint8, device=q.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)

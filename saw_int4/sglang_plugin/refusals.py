@@ -293,12 +293,12 @@ def check_linear_attention(server_args) -> None:
     model = model_config_of(server_args)
     if mambaish_config(model) is not None:
         raise ValueError(
-            f"--kv-cache-dtype int4: {_architecture(model)} has linear-attention or state-space layers, whose backend "
+            f"--kv-cache-dtype int4: {architecture(model)} has linear-attention or state-space layers, whose backend "
             "wraps that of the others and was not tested over INT4 rows. Way out: use another --kv-cache-dtype."
         )
 
 
-def _architecture(model) -> str:
+def architecture(model) -> str:
     return (model.hf_config.architectures or ["this model"])[0]
 
 
@@ -307,7 +307,7 @@ def check_model(server_args, options: Options) -> None:
     from sglang.srt.arg_groups.overrides import model_config_of, use_mla_backend
 
     model = model_config_of(server_args)
-    name = _architecture(model)
+    name = architecture(model)
     if use_mla_backend(server_args):
         raise ValueError(
             f"--kv-cache-dtype int4: {name} uses multi-head latent attention (MLA): it caches one compressed vector "

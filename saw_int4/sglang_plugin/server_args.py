@@ -49,7 +49,7 @@ def _choices(hint) -> list[str]:
 
 
 def register_hooks() -> None:
-    """Wrap three steps of SGLang's argument resolution, which runs in the process that starts the server."""
+    """Wrap steps of SGLang's argument resolution, which runs in the process that starts the server."""
     from sglang.srt.arg_groups import resolution_hooks
 
     for step, wrapper in RESOLUTION_STEPS.items():
@@ -64,16 +64,31 @@ def is_int4(server_args) -> bool:
 
 def _choose_backend(server_args, previous) -> None:
     """An INT4 cache selects its backend by itself; before SGLang fills in the machine's default."""
-    from sglang.srt.arg_groups.overrides import declare_resolution
-
-    fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     if is_int4(server_args):
+        from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of
+
         from saw_int4.sglang_plugin import refusals
 
         refusals.check_linear_attention(server_args)
-        if all(getattr(server_args, field) is None for field in fields):
-            declare_resolution(server_args, "saw_int4", attention_backend=ATTENTION_BACKEND)
+        if _backend_is_ours_to_choose(server_args):
+            chosen = STOPGAPS.get(refusals.architecture(model_config_of(server_args)), ATTENTION_BACKEND)
+            declare_resolution(server_args, "saw_int4", attention_backend=chosen)
     previous(server_args)
+
+
+def _replace_stopgap(server_args, previous) -> None:
+    """After SGLang has looked at the model, and before it acts on the backend."""
+    if is_int4(server_args) and _backend_is_ours_to_choose(server_args):
+        from sglang.srt.arg_groups.overrides import declare_resolution
+
+        declare_resolution(server_args, "saw_int4", attention_backend=ATTENTION_BACKEND)
+    previous(server_args)
+
+
+def _backend_is_ours_to_choose(server_args) -> bool:
+    """Whether the operator named none."""
+    fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    return all(getattr(server_args, field) is None for field in fields)
 
 
 def _accept_or_refuse(server_args, previous) -> None:
@@ -144,9 +159,13 @@ def _recheck(server_args, previous) -> None:
         refusals.check_dtype(server_args)
 
 
+# Models that SGLang serves with backends of a list of its own only: one of them stands there while it looks.
+STOPGAPS = {"GptOssForCausalLM": "triton"}
+
 # Steps of SGLang's argument resolution, each with our wrapper ``(server_args, previous)``.
 RESOLUTION_STEPS = {
     "handle_cpu_backends": _choose_backend,
+    "handle_attention_backend_compatibility": _replace_stopgap,
     "handle_kv4_compatibility": _accept_or_refuse,
     "handle_model_capability_adjustments": _recheck,  # the last step that may still change a backend or the dtype
 }

@@ -110,6 +110,25 @@ def gemma2(tokenizer_from: Path, folder: Path) -> Path:
     return save(Gemma2ForCausalLM(config), tokenizer_from, folder)
 
 
+def gpt_oss(tokenizer_from: Path, folder: Path) -> Path:
+    """gpt-oss in 16 bits: attention sinks, experts, every other layer with a window of 32, in a pool of its own."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(8)
+    shape = {**_SMALL, "hidden_size": 256, "num_hidden_layers": 4, "head_dim": 64, "tie_word_embeddings": False}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    layers = ["sliding_attention", "full_attention"] * 2
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = GptOssConfig(**shape, **experts, layer_types=layers, sliding_window=32, rope_parameters=rope)
+    model = GptOssForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if "bias" in name:
+            weight.data.normal_(0, 0.02)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.normal_(2, 2)
+    return save(model, tokenizer_from, folder)
+
+
 def eagle_head(tokenizer_from: Path, folder: Path) -> Path:
     """An EAGLE draft for ``qwen3``, head_dim 32: it says again what the target said last, right where that repeats.
 

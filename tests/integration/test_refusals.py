@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from checkpoints import qwen3
+from checkpoints import gpt_oss, qwen3
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
@@ -49,6 +49,13 @@ def test_accepted(model):
     args = start(model)
     assert attention_backends_of(resolved_view(args)) == ("saw_int4", "saw_int4")
     assert getattr(args, FINGERPRINT_ATTRIBUTE) == env.published().fingerprint == UNCALIBRATED.fingerprint
+
+
+def test_a_model_with_a_list_of_backends_of_its_own(model, tmp_path):
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+
+    args = start(gpt_oss(model, tmp_path / "model"))
+    assert attention_backends_of(resolved_view(args)) == ("saw_int4", "saw_int4")
 
 
 def test_a_model_that_cannot_be_calibrated_is_served_without(tiny, tmp_path, monkeypatch, caplog):

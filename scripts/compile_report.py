@@ -2,8 +2,7 @@
 
 Needs nvcc and nvdisasm, no GPU. Fails on spills, stack, local memory, narrow accesses in a loop, or a missing MMA.
 
-    python scripts/compile_report.py                       the usual instances, every supported architecture (minutes);
-                                                           of rows of two groups for sm_90a alone
+    python scripts/compile_report.py                       the usual instances, every supported architecture (minutes)
     python scripts/compile_report.py --arch 90a --all      every instance that the extension holds
 
 Columns: registers per thread, bytes of stack and of spills, shared memory of a block (decode: as planned for 8 KV heads
@@ -31,7 +30,6 @@ HEADERS = ROOT / "csrc"
 FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{HEADERS}"]
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 DTYPES = ("kFloat32", "kFloat16", "kBFloat16")
-TWO_GROUPS_ARCH = "90a"  # where the usual instances have those of two groups per row among them
 
 
 RESERVED_PER_BLOCK = 1024  # bytes of shared memory, by CUDA
@@ -57,9 +55,8 @@ ARCHS = {
 
 @dataclass(frozen=True)
 class Operator:
-    """params: the kernel's parameter types. usual, all: template arguments, those of rows among them with their groups
-    last. needs: SASS that its loop must hold. narrow: SASS of accesses that waste bandwidth, and how many of them the
-    loop may hold all the same.
+    """params: the kernel's parameter types. usual, all: template arguments. needs: SASS that its loop must hold.
+    narrow: SASS of accesses that waste bandwidth, and how many of them the loop may hold all the same.
     """
 
     params: str
@@ -69,18 +66,15 @@ class Operator:
     narrow: str
     narrow_allowed: int
 
-    def instances(self, arch: str, everything: bool) -> tuple[tuple, ...]:
-        if everything:
-            return self.all
-        return tuple(x for x in self.usual if arch == TWO_GROUPS_ARCH or x[2:] != (2,))
-
 
 def typed(usual: tuple[tuple, ...]) -> dict[str, tuple[tuple, ...]]:
-    groups = sorted({x[2:] for x in usual})
-    return {"usual": usual, "all": tuple((d, t, *g) for d in HEAD_DIMS for t in DTYPES for g in groups)}
+    """Of kernels by head_dim, dtype, and what else the usual ones differ in."""
+    others = sorted({x[2:] for x in usual})
+    return {"usual": usual, "all": tuple((d, t, *other) for d in HEAD_DIMS for t in DTYPES for other in others)}
 
 
 ROW_TILES = {64: (1, 2, 4), 128: (1, 2, 4), 256: (1, 2)}  # of decode; others: 1
+DECODE = tuple((d, tiles, groups) for d in HEAD_DIMS for tiles in ROW_TILES.get(d, (1,)) for groups in (1, 2))
 
 
 OPERATORS = {
@@ -88,15 +82,18 @@ OPERATORS = {
     "decode": Operator(
         "DecodeParams, DecodePlan",
         usual=((64, 1, 1), (128, 1, 1), (128, 2, 1), (128, 4, 1), (256, 1, 1), (64, 1, 2), (128, 1, 2), (128, 4, 2)),
-        all=tuple((d, tiles, groups) for d in HEAD_DIMS for tiles in ROW_TILES.get(d, (1,)) for groups in (1, 2)),
+        all=DECODE,
         needs=(r"HMMA\.16816|HGMMA\.64x32x16", r"LDGSTS\S*\.128"),
         narrow=r"LDG\.(?!\S*\.128)|LDS\.[US](8|16)",
         narrow_allowed=1,
     ),
-    # One slot per row. Rows of codes are 4-byte aligned: their stores are narrow by the format.
+    # One slot per row, on either way through a loop. Rows of codes are 4-byte aligned: their stores are narrow by the
+    # format.
     "append": Operator(
-        "AppendParams, int", **typed(((256, "kBFloat16", 1), (128, "kFloat32", 1), (128, "kBFloat16", 2))),
-        needs=(r"LDGSTS\S*\.128", "IDP"), narrow=r"LDG(STS)?\.(?!\S*\.128)", narrow_allowed=1,
+        "AppendParams, AppendPlan",
+        **typed(tuple((d, t, groups, calibrated) for d, t, groups in (
+            (256, "kBFloat16", 1), (128, "kFloat32", 1), (128, "kBFloat16", 2)) for calibrated in ("false", "true"))),
+        needs=(r"LDGSTS\S*\.128", "IDP"), narrow=r"LDG(STS)?\.(?!\S*\.128)", narrow_allowed=2,
     ),
     "gather": Operator(
         "GatherParams", **typed(((128, "kBFloat16", 1), (256, "kBFloat16", 1), (128, "kBFloat16", 2))),
@@ -121,11 +118,14 @@ static void plan(int head_dim, int row_tiles, int groups, int per_sm, int per_bl
   const auto plan = decode_plan({head_dim, 32, 8, 64, 2 * row_tiles, false, groups}, {1, per_sm, per_block});
   row(plan.warps, plan.shared_bytes, token_tiles(head_dim, row_tiles, groups) * head_dim);
 }
+static void append(int codes, int input_bytes, bool calibrated) {
+  row(kAppendThreads / 32, input_bytes + (calibrated ? kCalibrationBytes : 0), codes);
+}
 int main() {
 """
 SHAPE_OF = {
     "decode": "plan({0}, {1}, {2}, {per_sm}, {per_block});",
-    "append": "row(kAppendThreads / 32, AppendInput<{0}, DType::{1}>::kSharedBytes, {0} / kAppendLanes<{0}>);",
+    "append": "append({0} / kAppendLanes<{0}>, AppendShared<{0}, DType::{1}>::kInputBytes, {3});",
     "gather": "row(kGatherThreads / 32, 0, 2 * {0} / kGatherLanes<{0}>);",
     "transform": "row(kTransformThreads / 32, 0, {0} / kTransformLanes<{0}>);",
 }
@@ -229,13 +229,13 @@ class Kernel:
         kinds = Counter(x.split()[0] for x in loop if re.match(r"HG?MMA|LDG|STG|LDS|STS|LDL|STL", x))
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         return (
-            f"{'sm_' + self.arch:8} {self.name():24} {self.registers:4} {self.stack:5} {self.spills:6} "
+            f"{'sm_' + self.arch:8} {self.name():32} {self.registers:4} {self.stack:5} {self.spills:6} "
             f"{shape.shared:7} {shape.resident_warps(ARCHS[self.arch], self.registers):5} {len(loop):6} "
             f"{len(loop) / shape.codes:8.2f}  {kinds}"
         )
 
 
-TITLE = f"{'arch':8} {'kernel':24} regs stack spills  shared warps  instr per code  of these"
+TITLE = f"{'arch':8} {'kernel':32} regs stack spills  shared warps  instr per code  of these"
 
 
 def compile_unit(arch: str, op: str, instances: tuple[tuple, ...]) -> list[Kernel]:
@@ -265,11 +265,9 @@ def compile_unit(arch: str, op: str, instances: tuple[tuple, ...]) -> list[Kerne
     )
     kernels = []
     for match in re.finditer(pattern, log, re.DOTALL):
-        arguments = re.search(rf"saw_int4_{op}_kernelI((?:L(?:i|NS_5DTypeE)\d+E)+)", match[1])
-        instance = tuple(
-            int(number) if kind == "i" else DTYPES[int(number)]
-            for kind, number in re.findall(r"L(i|NS_5DTypeE)(\d+)E", arguments[1])
-        )
+        arguments = re.search(rf"saw_int4_{op}_kernelI((?:L(?:i|b|NS_5DTypeE)\d+E)+)", match[1])
+        written = {"i": int, "b": lambda n: ("false", "true")[int(n)], "NS_5DTypeE": lambda n: DTYPES[int(n)]}
+        instance = tuple(written[kind](n) for kind, n in re.findall(r"L(i|b|NS_5DTypeE)(\d+)E", arguments[1]))
         kernels.append(Kernel(op, instance, arch, int(match[4]), int(match[2]), int(match[3]), code[match[1]]))
     if len(kernels) != len(instances):
         fail(f"{len(kernels)} kernels of {op} in ptxas' output for sm_{arch}, expected {len(instances)}:\n{log}")
@@ -285,7 +283,7 @@ def main() -> None:
     args = parser.parse_args()
     if shutil.which("nvcc") is None:
         fail("nvcc not found on PATH")
-    jobs = [(arch, op, OPERATORS[op].instances(arch, args.all)) for arch in args.arch for op in args.op]
+    jobs = [(arch, op, OPERATORS[op].all if args.all else OPERATORS[op].usual) for arch in args.arch for op in args.op]
     shape_of = shapes(jobs)
     failed = 0
     print(TITLE)

@@ -9,21 +9,48 @@
 
 namespace saw_int4 {
 
+// Of blocks that do `rows` rows at a time, of at most so many heads.
+inline AppendPlan append_plan(int64_t tokens, int num_heads, int rows, int most_heads, int most_blocks) {
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  AppendPlan plan;
+  // The most neighbouring heads, as neighbours in memory are read together, that leave at most an eighth of the rows
+  // without work.
+  plan.heads = 1;
+  for (int heads = 2; heads <= std::min({num_heads, rows, most_heads}); ++heads)
+    if (8 * (rows / heads) * num_heads >= 7 * rows * divide_up(num_heads, heads)) plan.heads = heads;
+  const int64_t columns = divide_up(num_heads, plan.heads), block_tokens = rows / plan.heads;
+  const int64_t pieces = divide_up(tokens, block_tokens);  // of tokens
+  plan.both = 2 * pieces * columns > most_blocks;
+  plan.fronts = plan.both ? divide_up(pieces * columns, std::max<int64_t>(most_blocks, columns)) : 1;
+  const int64_t at_a_time = divide_up(pieces, plan.fronts);
+  plan.front = at_a_time * block_tokens;
+  plan.blocks = at_a_time * columns * (plan.both ? 1 : 2);
+  return plan;
+}
+
 inline void append(const AppendParams& p, const DeviceLimits& limits, Stream stream) {
   const char* op = "append_kv";
   if (p.num_tokens == 0) return;
   check_row_alignment(p.k, p.k_token_stride, p.dtype, op, "k");
   check_row_alignment(p.v, p.v_token_stride, p.dtype, op, "v");
-  const int64_t pairs = p.num_tokens * p.num_kv_heads;
+  row_blocks(p.num_tokens, p.num_kv_heads, 1, op);
   dispatch_head_dim(p.head_dim, op, [&](auto head_dim) {
     dispatch_dtype(p.dtype, [&](auto dtype) {
-      constexpr int kRows = kAppendRows<head_dim()>;
-      const int64_t most = pairs / (int64_t{kRows} * limits.sm_count * kAppendBlocksOfTensorPerSm);
-      const int rounds = static_cast<int>(std::clamp<int64_t>(most, 1, kAppendRounds));
-      const int blocks = 2 * row_blocks(p.num_tokens, p.num_kv_heads, rounds * kRows, op);
+      using Shared = AppendShared<head_dim(), dtype()>;
+      const bool calibrated = p.transform.k_mean != nullptr;
+      const int most_heads = calibrated ? kCalibrationBytes / Shared::kHeadBytes : kAppendRows<head_dim()>;
+      // More blocks than run at a time even out the end, but each loads the calibration of its heads.
+      const int most_blocks = limits.sm_count * (calibrated ? kAppendBlocks<head_dim(), dtype(), true>
+                                                            : 4 * kAppendBlocks<head_dim(), dtype(), false>);
+      const AppendPlan plan =
+          append_plan(p.num_tokens, p.num_kv_heads, kAppendRows<head_dim()>, most_heads, most_blocks);
+      const int shared_bytes = Shared::kInputBytes + (calibrated ? plan.heads * Shared::kHeadBytes : 0);
       dispatch_groups(p.groups, op, [&](auto groups) {
-        launch("saw_int4_append_kernel", saw_int4_append_kernel<head_dim(), dtype(), groups()>, blocks, kAppendThreads,
-               AppendInput<head_dim(), dtype()>::kSharedBytes, stream, p, rounds);
+        const auto run = [&](auto is_calibrated) {
+          launch("saw_int4_append_kernel", saw_int4_append_kernel<head_dim(), dtype(), groups(), is_calibrated()>,
+                 plan.blocks, kAppendThreads, shared_bytes, stream, p, plan);
+        };
+        calibrated ? run(std::true_type()) : run(std::false_type());
       });
     });
   });

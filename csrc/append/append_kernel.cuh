@@ -2,11 +2,13 @@
 // fitted scale and offset, byte for byte as format.h states and csrc/cpu computes it (nothing is contracted).
 //
 // 4 lanes per row of one (token, head), 2 where 4 do not divide it: lane i takes words i, i + 4, ... of it, and stores
-// the same words of codes. Hadamard strides 1, 2, 4 lie in a lane, 8 and 16 across lanes, the rest in a lane again: the
-// more of a row a lane holds, the less it shuffles and computes once per row, but the narrower are its copies.
+// the same words of codes. A rotation over a whole row of 128 or 256 starts with neighbouring words in a lane, so that
+// every stage lies in a lane, and changes over halfway through shared memory; others shuffle.
 //
-// The next row is copied to shared memory meanwhile. Parameters are fitted last, one row per lane: divisions and 64-bit
-// sums then cost one row's worth per group of lanes.
+// The grid walks over the tokens in fronts, K and V in turn, so that what is read at a time lies together (DRAM), the
+// next row is on its way to shared memory meanwhile, and a lane keeps its head, whose calibration waits in shared
+// memory. Parameters are fitted last, one row per lane: divisions and 64-bit sums then cost one row's worth per group
+// of lanes.
 //
 // Bound: HBM. A head_dim 256 row of K and V moves 2 * (512 + 132) bytes, 95 cycles of an H100 SM's share = 380 issue
 // slots; README.md counts what the warp spends on four of them.
@@ -19,9 +21,15 @@
 namespace saw_int4 {
 
 inline constexpr int kAppendThreads = 64;
-// A group of lanes does several rows one after the other, if there are so many that every SM still gets enough blocks.
-inline constexpr int kAppendRounds = 8;
-inline constexpr int kAppendBlocksOfTensorPerSm = 12;
+
+// A block does `heads` neighbouring heads of as many tokens as its rows are for, then of those `front` tokens on.
+struct AppendPlan {
+  int blocks = 0;
+  int heads = 0;
+  int front = 0;  // tokens that the grid does at a time
+  int fronts = 0;
+  bool both = false;  // K and V of each token, in turn; otherwise even blocks do K, odd ones V
+};
 
 template <int D>
 inline constexpr int kAppendLanes = row_lanes(D, 4);  // of a row
@@ -277,89 +285,223 @@ SAW_INT4_DEVICE OpenRow<kGroups> quantize_row(const typename AppendRow<D>::Value
   return open;
 }
 
-inline constexpr int kAppendBlocksPerSm = 6;  // that the registers allow without spilling
+// Blocks per SM that the registers allow without spilling.
+template <int D, DType kType, bool kCalibrated>
+inline constexpr int kAppendBlocks = [] {
+  constexpr int kWords = AppendRow<D>::kWords;
+  constexpr bool kBf16 = kType == DType::kBFloat16;
+  if (kWords <= 2) return 12;
+  if (kWords <= 5) return kBf16 && !kCalibrated ? 10 : 8;
+  return kWords < 8 || kBf16 ? 6 : 4;
+}();
 
-// A row on its way to shared memory while the one before it is computed: a lane copies what it will read itself, so
-// that no barrier is needed, and no register holds it.
+// A calibrated block's share of shared memory for calibrations: few heads, or blocks that share an SM would be fewer.
+inline constexpr int kCalibrationBytes = 12 * 1024;
+
+// Whether a rotation over the whole row moves it to other lanes halfway.
+template <int D>
+inline constexpr bool kRelayed = kAppendLanes<D> == 4 && AppendRow<D>::kFullOrder == D && AppendRow<D>::kWords >= 4;
+
+// A block's shared memory, in pieces of 16 bytes: of each row its words, of each head of a calibrated block the halves
+// of the words of mean, factor and sign.
+template <int D, DType kType>
+struct AppendShared {
+  using Row = AppendRow<D>;
+  static constexpr int kVectors = Channels<kType>::kVectors;
+  static constexpr int kPlane = D / 8 * 16;  // a piece of each word
+  static constexpr int kInputBytes = kAppendRows<D> * kVectors * kPlane;
+  static constexpr int kHeadBytes = 3 * 2 * kPlane;  // of a calibration
+
+  // Neighbouring lanes, of one row or the next, take words 1, or kWords, apart: neither meets a bank conflict.
+  SAW_INT4_DEVICE static uint32_t place(int word, int row) {
+    if (D % 64 != 0) return word * 16;
+    return (word ^ (kRelayed<D> ? word / Row::kWords : 0) ^ (row & 1) << 2) * 16;
+  }
+  SAW_INT4_DEVICE static uint32_t input(int word, int vector) {
+    const int row = dev::thread_index() / kAppendLanes<D>;
+    return dev::shared_base() + (row * kVectors + vector) * kPlane + place(word, row);
+  }
+  SAW_INT4_DEVICE static uint32_t calibration(int head, int vector, int word, int half) {
+    return dev::shared_base() + kInputBytes + head * kHeadBytes + (2 * vector + half) * kPlane + place(word, head);
+  }
+};
+
+// The word of the row that is the lane's k-th.
+template <int D>
+SAW_INT4_DEVICE int lane_word(int k, bool neighbouring) {
+  return neighbouring ? AppendRow<D>::kWords * AppendRow<D>::lane() + k : AppendRow<D>::word(k);
+}
+
+// A row on its way to shared memory while the one before it is computed: no register holds it.
 template <int D, DType kType>
 struct AppendInput {
-  static constexpr int kVectors = Channels<kType>::kVectors, kBytesPerChannel = 2 * kVectors;
-  static constexpr int kSharedBytes = AppendRow<D>::kWords * kVectors * 16 * kAppendThreads;
-  int64_t slot;
+  using Shared = AppendShared<D, kType>;
+  static constexpr int kVectors = Shared::kVectors, kBytesPerChannel = 2 * kVectors;
   uint32_t head;
+  int64_t slot;
 
-  SAW_INT4_DEVICE static uint32_t at(int k, int i) {
-    return dev::shared_base() + ((k * kVectors + i) * kAppendThreads + dev::thread_index()) * 16;
-  }
-  // pair: (token, head) in one number. Lanes past the last one read that and write nothing.
-  SAW_INT4_DEVICE void fetch(const AppendParams& p, bool is_v, uint32_t pair) {
-    const uint32_t pairs = static_cast<uint32_t>(p.num_tokens) * p.num_kv_heads;
-    const uint32_t read = pair < pairs ? pair : pairs - 1, token = read / p.num_kv_heads;
-    head = read - token * p.num_kv_heads;
+  // Past the last token nothing is read: the grid's last rows would all ask for the same memory.
+  SAW_INT4_DEVICE void fetch(const AppendParams& p, bool is_v, uint32_t token) {
+    const bool exists = token < p.num_tokens;
     const int64_t first = token * (is_v ? p.v_token_stride : p.k_token_stride) + head * D + AppendRow<D>::lane() * 8;
     const auto* x = static_cast<const uint8_t*>(is_v ? p.v : p.k) + first * kBytesPerChannel;
     SAW_INT4_UNROLL
     for (int k = 0; k < AppendRow<D>::kWords; ++k) {
       SAW_INT4_UNROLL
       for (int i = 0; i < kVectors; ++i)
-        dev::cp_async_zfill<16>(at(k, i), x + k * kAppendLanes<D> * 8 * kBytesPerChannel + 16 * i, true);
+        dev::cp_async_zfill<16>(Shared::input(AppendRow<D>::word(k), i),
+                                x + k * kAppendLanes<D> * 8 * kBytesPerChannel + 16 * i, exists);
     }
     dev::cp_async_commit();
-    const int64_t wanted = dev::ld_global(p.slots + token);
-    slot = pair < pairs ? wanted : -1;
+    slot = exists ? dev::ld_global(p.slots + token) : -1;
   }
-  SAW_INT4_DEVICE void widen(typename AppendRow<D>::Values& t) const {
-    dev::cp_async_wait<0>();
+  SAW_INT4_DEVICE void widen(typename AppendRow<D>::Values& t, bool neighbouring) const {
     SAW_INT4_UNROLL
     for (int k = 0; k < AppendRow<D>::kWords; ++k) {
       Channels<kType> channels;
       SAW_INT4_UNROLL
-      for (int i = 0; i < kVectors; ++i) channels.raw[i] = dev::ld_shared<uint4>(at(k, i));
+      for (int i = 0; i < kVectors; ++i)
+        channels.raw[i] = dev::ld_shared<uint4>(Shared::input(lane_word<D>(k, neighbouring), i));
       channels.widen(t[k]);
     }
   }
 };
 
-// Transforms and quantizes one row, up to its parameters, and fetches the next.
-template <int D, DType kType, int kGroups>
-SAW_INT4_DEVICE OpenRow<kGroups> append_row(AppendInput<D, kType>& input, const AppendParams& p, bool is_v,
-                                            uint32_t next) {
-  if (dev::any(input.slot >= p.num_slots)) dev::trap();
-  const int64_t first_byte = (input.slot * p.num_kv_heads + input.head) * row_bytes(D, kGroups);
-  uint8_t* const row = input.slot < 0 ? nullptr : (is_v ? p.v_cache : p.k_cache) + first_byte;
-  const TransformParams& tr = p.transform;
-  const auto of_head = [&](const float* vectors) {
-    return is_v || vectors == nullptr ? nullptr : vectors + input.head * D;
-  };
-  const float *const mean = of_head(tr.k_mean), *const mul = of_head(tr.k_inv_scale), *const sign = of_head(tr.k_sign);
-  typename AppendRow<D>::Values t;
-  input.widen(t);
-  input.fetch(p, is_v, next);
-  float norm = transform_row<D, kAppendLanes<D>>(t, is_v && !tr.rotate_v ? 1 : tr.rotation_order, mean, mul, sign);
-  if ((dev::float_bits(norm) & 0x7fffffu) != 0) {  // no power of two
-    for_channels(t, [&](float x) { return dev::mul_rn(x, norm); });
-    norm = 1.f;
+// To shared memory, the calibration of the block's heads. Signs are multiplied by the norm of the rotation: as exact as
+// one after the other.
+template <int D, DType kType>
+SAW_INT4_DEVICE void load_calibration(const AppendParams& p, uint32_t first_head, int heads, float norm) {
+  constexpr int kHalves = D / 4, kMostHeads = kCalibrationBytes / AppendShared<D, kType>::kHeadBytes;
+  constexpr int kTurns = (kMostHeads * kHalves + kAppendThreads - 1) / kAppendThreads;
+  const int left = p.num_kv_heads - static_cast<int>(first_head), halves = (heads < left ? heads : left) * kHalves;
+  const float* const vectors[3] = {p.transform.k_mean, p.transform.k_inv_scale, p.transform.k_sign};
+  float4 x[kTurns][3];
+  SAW_INT4_UNROLL
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = turn * kAppendThreads + dev::thread_index();
+    SAW_INT4_UNROLL
+    for (int v = 0; v < 3; ++v)
+      if (i < halves) x[turn][v] = dev::ld_global(reinterpret_cast<const float4*>(vectors[v] + first_head * D) + i);
   }
-  return quantize_row<D, kGroups>(t, norm, row);
+  SAW_INT4_UNROLL
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = turn * kAppendThreads + dev::thread_index(), half = i % kHalves;
+    if (i >= halves) continue;
+    float4& sign = x[turn][2];
+    sign = {dev::mul_rn(sign.x, norm), dev::mul_rn(sign.y, norm), dev::mul_rn(sign.z, norm), dev::mul_rn(sign.w, norm)};
+    SAW_INT4_UNROLL
+    for (int v = 0; v < 3; ++v)
+      dev::st_shared(AppendShared<D, kType>::calibration(i / kHalves, v, half / 2, half % 2), x[turn][v]);
+  }
+  dev::block_sync();
 }
 
-// Even blocks do K, odd ones V, so that rotated and unrotated rows share an SM. A group of lanes does `rounds` rows,
-// one after the other.
-template <int D, DType kType, int kGroups>
-SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, kAppendBlocksPerSm)
-    saw_int4_append_kernel(const AppendParams p, const int rounds) {
+// t <- f(t, y), y being the channels' entries of a vector of the calibration.
+template <int D, DType kType, typename F>
+SAW_INT4_DEVICE void calibrate(typename AppendRow<D>::Values& t, int head, int vector, bool neighbouring, const F& f) {
+  SAW_INT4_UNROLL
+  for (int k = 0; k < AppendRow<D>::kWords; ++k) {
+    SAW_INT4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float* const x = t[k] + 4 * half;
+      const auto y = dev::ld_shared<float4>(
+          AppendShared<D, kType>::calibration(head, vector, lane_word<D>(k, neighbouring), half));
+      x[0] = f(x[0], y.x), x[1] = f(x[1], y.y), x[2] = f(x[2], y.z), x[3] = f(x[3], y.w);
+    }
+  }
+}
+
+// Hadamard transform of whole rows, from lanes with neighbouring words to SpreadRow's layout, through the place where
+// the rows' input was: half of each word at a time.
+template <int D, DType kType>
+SAW_INT4_DEVICE void hadamard_relayed(typename AppendRow<D>::Values& t) {
+  constexpr int kWords = AppendRow<D>::kWords;
+  using Shared = AppendShared<D, kType>;
+  hadamard_in_words(t, D);
+  hadamard_of_words(t, 1, kWords);
+  SAW_INT4_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    dev::warp_sync();
+    SAW_INT4_UNROLL
+    for (int k = 0; k < kWords; ++k) {
+      const float* const x = t[k] + 4 * half;
+      dev::st_shared(Shared::input(lane_word<D>(k, true), 0), float4{x[0], x[1], x[2], x[3]});
+    }
+    dev::warp_sync();
+    SAW_INT4_UNROLL
+    for (int k = 0; k < kWords; ++k) {
+      float* const x = t[k] + 4 * half;
+      const auto y = dev::ld_shared<float4>(Shared::input(lane_word<D>(k, false), 0));
+      x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+    }
+  }
+  dev::warp_sync();
+  hadamard_of_words(t, kWords / kAppendLanes<D>, kWords);
+}
+
+template <int D, DType kType, int kGroups, bool kCalibrated>
+SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, (kAppendBlocks<D, kType, kCalibrated>))
+    saw_int4_append_kernel(const AppendParams p, const AppendPlan plan) {
   constexpr int kLanes = kAppendLanes<D>, kRows = kAppendRows<D>;
-  const bool is_v = dev::block_index() % 2;
-  uint32_t pair = dev::block_index() / 2 * rounds * kRows + dev::thread_index() / kLanes;
+  const TransformParams& tr = p.transform;
+  const uint32_t row_of_block = dev::thread_index() / kLanes, heads = plan.heads, tokens = kRows / heads;
+  const uint32_t block = plan.both ? dev::block_index() : dev::block_index() / 2;
+  const uint32_t columns = (p.num_kv_heads + heads - 1) / heads, first_head = block % columns * heads;
+  uint32_t head_of_block = row_of_block % heads, token = block / columns * tokens + row_of_block / heads;
+  if (row_of_block >= heads * tokens || first_head + head_of_block >= p.num_kv_heads)  // of no row
+    head_of_block = 0, token = p.num_tokens;
   AppendInput<D, kType> input;
-  input.fetch(p, is_v, pair);
+  input.head = first_head + head_of_block;
+  bool is_v = !plan.both && dev::block_index() % 2;
+  input.fetch(p, is_v, token);
+
+  const float norm = tr.rotation_order > 1 ? hadamard_norm(tr.rotation_order) : 1.f;
+  const bool exact = (dev::float_bits(norm) & 0x7fffffu) == 0;  // a power of two: changes no rounding
+  if (kCalibrated && !is_v) load_calibration<D, kType>(p, first_head, heads, exact ? 1.f : norm);
+
+  const int steps = plan.both ? 2 * plan.fronts : plan.fronts;
   OpenRow<kGroups> mine;
   SAW_INT4_UNROLL_BY(1)
-  for (int round = 0; round < rounds; ++round) {
-    pair += kRows;
-    const OpenRow<kGroups> open = append_row<D, kType, kGroups>(input, p, is_v, pair);
-    if (AppendRow<D>::lane() == round % kLanes) mine = open;
-    if (round % kLanes != kLanes - 1 && round != rounds - 1) continue;
+  for (int step = 0; step < steps; ++step) {
+    if (dev::any(input.slot >= p.num_slots)) dev::trap();
+    const int64_t first_byte = (input.slot * p.num_kv_heads + input.head) * row_bytes(D, kGroups);
+    uint8_t* const row = input.slot < 0 ? nullptr : (is_v ? p.v_cache : p.k_cache) + first_byte;
+    const bool calibrated = kCalibrated && !is_v, rotated = tr.rotation_order > 1 && (!is_v || tr.rotate_v);
+    const bool next_is_v = plan.both != is_v;
+    if (is_v || !plan.both) token += plan.front;
+
+    typename AppendRow<D>::Values t;
+    dev::cp_async_wait<0>();
+    const auto centre_and_balance = [&](bool neighbouring) {
+      if (!calibrated) return;
+      calibrate<D, kType>(t, head_of_block, 0, neighbouring, [](float a, float b) { return dev::sub_rn(a, b); });
+      calibrate<D, kType>(t, head_of_block, 1, neighbouring, [](float a, float b) { return dev::mul_rn(a, b); });
+    };
+    if (kRelayed<D> && rotated && tr.rotation_order == D) {
+      dev::warp_sync();
+      input.widen(t, true);
+      centre_and_balance(true);
+      hadamard_relayed<D, kType>(t);
+      input.fetch(p, next_is_v, token);
+    } else {
+      input.widen(t, false);
+      input.fetch(p, next_is_v, token);
+      centre_and_balance(false);
+      // The usual order as a constant: a stage that may be skipped costs moves between registers.
+      if (rotated && !kRelayed<D> && tr.rotation_order == AppendRow<D>::kFullOrder)
+        hadamard_row<kLanes>(t, AppendRow<D>::kFullOrder);
+      else if (rotated)
+        hadamard_row<kLanes>(t, tr.rotation_order);
+    }
+    if (calibrated)
+      calibrate<D, kType>(t, head_of_block, 2, false, [](float a, float b) { return dev::mul_rn(a, b); });
+    else if (rotated && !exact)
+      for_channels(t, [&](float x) { return dev::mul_rn(x, norm); });
+    const OpenRow<kGroups> open = quantize_row<D, kGroups>(t, rotated && exact ? norm : 1.f, row);
+    is_v = next_is_v;
+
+    if (AppendRow<D>::lane() == step % kLanes) mine = open;
+    if (step % kLanes != kLanes - 1 && step != steps - 1) continue;
     dev::warp_sync();  // the codes of a damaged row are overwritten
     close_row<D>(mine);
     mine.row = nullptr;

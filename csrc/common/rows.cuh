@@ -146,9 +146,9 @@ SAW_INT4_DEVICE void butterfly(float& lo, float& hi) {
   lo = sum;
 }
 
-// Unnormalised Hadamard transform of a row in SpreadRow's layout, strides ascending as format.h says.
-template <int LANES, int WORDS>
-SAW_INT4_DEVICE void hadamard_row(float (&x)[WORDS][8], int order) {
+// The stages of a Hadamard transform that lie within words: strides 1, 2, 4, as far as they are below `order`.
+template <int WORDS>
+SAW_INT4_DEVICE void hadamard_in_words(float (&x)[WORDS][8], int order) {
   SAW_INT4_UNROLL
   for (int stride = 1; stride < 8; stride *= 2) {
     if (stride >= order) continue;
@@ -159,6 +159,27 @@ SAW_INT4_DEVICE void hadamard_row(float (&x)[WORDS][8], int order) {
         if (!(i & stride)) butterfly(x[k][i], x[k][i + stride]);
     }
   }
+}
+
+// Those between words of a lane, `first` words apart, then twice as many, ..., below `end`.
+template <int WORDS>
+SAW_INT4_DEVICE void hadamard_of_words(float (&x)[WORDS][8], int first, int end) {
+  SAW_INT4_UNROLL
+  for (int step = 1; step < WORDS; step *= 2) {
+    if (step < first || step >= end) continue;
+    SAW_INT4_UNROLL
+    for (int k = 0; k < WORDS; ++k) {
+      if ((k & step) || k + step >= WORDS) continue;  // where D is no power of two, order stays below such a step
+      SAW_INT4_UNROLL
+      for (int i = 0; i < 8; ++i) butterfly(x[k][i], x[k + step][i]);
+    }
+  }
+}
+
+// Unnormalised Hadamard transform of a row in SpreadRow's layout, strides ascending as format.h says.
+template <int LANES, int WORDS>
+SAW_INT4_DEVICE void hadamard_row(float (&x)[WORDS][8], int order) {
+  hadamard_in_words(x, order);
   SAW_INT4_UNROLL
   for (int mask = 1; mask < LANES; mask *= 2) {
     if (8 * mask >= order) continue;
@@ -169,16 +190,7 @@ SAW_INT4_DEVICE void hadamard_row(float (&x)[WORDS][8], int order) {
       for (int i = 0; i < 8; ++i) x[k][i] = dev::fma_rn(sign, x[k][i], dev::shfl_xor(x[k][i], mask));
     }
   }
-  SAW_INT4_UNROLL
-  for (int step = 1; step < WORDS; step *= 2) {
-    if (8 * LANES * step >= order) continue;
-    SAW_INT4_UNROLL
-    for (int k = 0; k < WORDS; ++k) {
-      if ((k & step) || k + step >= WORDS) continue;  // where D is no power of two, order stays below such a step
-      SAW_INT4_UNROLL
-      for (int i = 0; i < 8; ++i) butterfly(x[k][i], x[k + step][i]);
-    }
-  }
+  hadamard_of_words(x, 1, order / (8 * LANES));
 }
 
 // x <- f(x, y) for all channels of the lane, y being the channel's entry of an fp32 vector [D], or nothing if that is

@@ -75,10 +75,11 @@ def append_inputs(head_dim, heads=3, tokens=9, slots=12):
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("head_dim, tokens", [(64, 411), (256, 205), (256, 411)])
-def test_append_of_many_rows_does_several_in_a_row(emulated, head_dim, tokens, calibrated):
-    """More rounds than lanes that close rows, or fewer, and a last block that is not full: on an SM of its own."""
-    heads = 3
+@pytest.mark.parametrize("heads, head_dim, tokens", [(3, 64, 411), (3, 256, 205), (3, 256, 411), (7, 256, 90)])
+def test_append_of_many_rows_does_several_in_a_row(emulated, heads, head_dim, tokens, calibrated):
+    """More fronts than lanes that close rows, or fewer, and a last one that is not full; heads in one column of blocks,
+    and in several, not all of which are full: on an SM of its own.
+    """
     k, v = (
         adversarial_rows(tokens, heads, head_dim, torch.bfloat16),
         adversarial_rows(tokens, heads, head_dim, torch.bfloat16, 1),

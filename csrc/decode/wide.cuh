@@ -427,7 +427,7 @@ SAW_INT4_DEVICE void store_records(const WideState<D, NT, kGroups>& s, const Wid
       }
       SAW_INT4_UNROLL
       for (int i = 0; i < Map::kTiles; ++i) {
-        const float centre = sums[kGroups == 1 || map.group(i) == 0 ? 1 : kSums - 1];
+        const float centre = kGroups == 1 || map.group(i) == 0 ? sums[1] : sums[kSums - 1];
         const float2 x{dev::fma_rn(s.o[i][nt][u], unit, centre), dev::fma_rn(s.o[i][nt][u + 2], unit, centre)};
         dev::st_shared(record + (map.word * kCodesPerWord + 2 * map.pair(i)) * 4, x);
       }

@@ -50,6 +50,8 @@ class Int4AttentionBackend(AttentionBackend):
         self._verify_mask = verify_mask(self.token_to_kv_pool.device)
         self._bf16_layers = bf16_layers.backend_for(model_runner)
         self._layers: dict[int, tuple[Int4KVPool, int, bool]] = {}  # checked layers, as pool.locate finds them
+        for layer in layers:  # all of them now, not at the first request
+            self._check_layer(layer)
 
         cuda = torch.device(self.token_to_kv_pool.device).type == "cuda"
         self.fresh = cuda

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from saw_int4 import env, ops
@@ -270,6 +270,7 @@ def test_path_depends_on_the_request_alone(monkeypatch):
         {"v_head_dim": 32},
         {"tp_k_head_num": 3},
         {"xai_temperature_len": 8},
+        {"use_irope": True},
         {"logit_cap": 1.0, "logit_capping_method": "other"},
     ],
 )
@@ -279,6 +280,10 @@ def test_layers_it_would_compute_wrongly_are_refused(monkeypatch, changes):
     backend.init_forward_metadata(batch)
     with pytest.raises(NotImplementedError, match="Way out"):
         backend.forward_extend(torch.zeros(4, H_Q * D), None, None, make_layer(**changes), batch)
+    module = RadixAttention(H_Q, D, D**-0.5, H_KV, layer_id=0)
+    vars(module).update(changes)
+    with pytest.raises(NotImplementedError, match="Way out"):  # of the model, before anything is served
+        make_backend(monkeypatch, "k", False, layers=[module])
 
 
 def test_unknown_arguments_are_refused(monkeypatch):

@@ -107,6 +107,10 @@ CASES = {
     "rows_32_of_a_head": replace(BASE, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(70, 4, 200)),
     # several stages of a wide pass; one head, which all warps share; references that move
     "rows_32_long": replace(BASE, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(700, 4, 330)),
+    # copies of 16 bytes, which a wide pass spreads over its stages
+    "rows_32_four_heads": replace(
+        BASE, head_dim=128, num_q_heads=16, num_kv_heads=4, q_lens=(8, 1, 5), seq_lens=(700, 4, 330)
+    ),
     "rows_32_one_head": replace(BASE, num_q_heads=4, num_kv_heads=1, q_lens=(8, 1, 5), seq_lens=(1300, 4, 600)),
     "rows_32_sharp": replace(
         BASE, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(300, 4, 200), kv_scale=30.0, calibrated=True

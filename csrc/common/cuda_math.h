@@ -33,9 +33,11 @@ SAW_INT4_DEVICE int32_t max3(int32_t a, int32_t b, int32_t c) {
 SAW_INT4_DEVICE uint32_t max3(uint32_t a, uint32_t b, uint32_t c) {
   return __vimax3_u32(a, b, c);
 }
-// The whole product.
+// The whole product. In assembly: else the compiler widens a for all that depends on it.
 SAW_INT4_DEVICE uint64_t mul_wide(uint32_t a, uint32_t b) {
-  return static_cast<uint64_t>(a) * b;
+  uint64_t d;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(d) : "r"(a), "r"(b));
+  return d;
 }
 // High 32 bits of the product.
 SAW_INT4_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) {

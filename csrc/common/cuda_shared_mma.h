@@ -6,6 +6,7 @@
 // matrix is 8 runs of 8 values, run i holding column i of B, or row i where kRowsOfB.
 #pragma once
 
+#include "common/cuda_memory.h"
 #include "common/cuda_mma.h"
 
 namespace saw_int4::dev {
@@ -15,6 +16,8 @@ namespace saw_int4::dev {
 //
 //     shared_mma_start(d);  { shared_mma_begin(a); shared_mma(d, a, b) ..; shared_mma_commit(); } ..
 //     shared_mma_wait<0>(a); shared_mma_end(d);
+//
+// shared_mma_first(d, a, b) is a start from zeros and a shared_mma.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The compiler takes registers for free as soon as it sees no use: these are uses.
@@ -49,12 +52,30 @@ SAW_INT4_DEVICE void shared_mma_wait(uint32_t (&a)[R][4]) {
   pin(a);
 }
 
-// d[nt] += A B[nt]. A as in mma_m16n8k16, d[nt] as D there. B's descriptor, with no swizzling: address, distance of
-// matrices along K, and along N, in units of 16 bytes.
-template <bool kRowsOfB>
-SAW_INT4_DEVICE void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b) {
+// B that begins so many bytes after address `base`, a multiple of 16: its descriptor, with no swizzling: address,
+// distance of matrices along K, and along N, in units of 16 bytes. That of base is the same for many B.
+struct SharedOperand {
+  uint64_t descriptor;
+};
+SAW_INT4_DEVICE SharedOperand shared_operand(uint32_t base, int bytes) {
   constexpr uint64_t kAlongK = 4 * 128 / 16, kAlongN = 128 / 16;
-  const uint64_t descriptor = (b & 0x3ffffu) >> 4 | kAlongK << 16 | kAlongN << 32;
+  return {((base & 0x3ffffu) >> 4 | kAlongK << 16 | kAlongN << 32) + (bytes >> 4)};
+}
+// d[nt] = A B[nt]. A as in mma_m16n8k16, d[nt] as D there.
+template <bool kRowsOfB>
+SAW_INT4_DEVICE void shared_mma_first(float (&d)[4][4], const uint32_t (&a)[4], SharedOperand b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, %21;\n}"
+      : "=f"(d[0][0]), "=f"(d[0][1]), "=f"(d[0][2]), "=f"(d[0][3]), "=f"(d[1][0]), "=f"(d[1][1]), "=f"(d[1][2]),
+        "=f"(d[1][3]), "=f"(d[2][0]), "=f"(d[2][1]), "=f"(d[2][2]), "=f"(d[2][3]), "=f"(d[3][0]), "=f"(d[3][1]),
+        "=f"(d[3][2]), "=f"(d[3][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "n"(kRowsOfB ? 1 : 0));
+}
+// d[nt] += A B[nt].
+template <bool kRowsOfB>
+SAW_INT4_DEVICE void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], SharedOperand b) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
@@ -62,7 +83,7 @@ SAW_INT4_DEVICE void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], uint32
       : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
         "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
         "+f"(d[3][2]), "+f"(d[3][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "n"(kRowsOfB ? 1 : 0));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "n"(kRowsOfB ? 1 : 0));
 }
 // What this thread stored to shared memory is seen by shared_mma after a barrier.
 SAW_INT4_DEVICE void publish_shared() {
@@ -71,11 +92,17 @@ SAW_INT4_DEVICE void publish_shared() {
 
 #else
 
+struct SharedOperand {
+  uint32_t address;
+};
+SAW_INT4_DEVICE SharedOperand shared_operand(uint32_t base, int bytes) {
+  return {base + bytes};
+}
 template <bool kRowsOfB>
-SAW_INT4_DEVICE void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b) {
+SAW_INT4_DEVICE void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], SharedOperand operand) {
   // Lanes name the runs: 8 to a matrix, the two matrices of nt, then those of nt + 1.
   const int lane = lane_id();
-  b += lane / 8 % 2 * (4 * 128) + lane / 16 * 128 + lane % 8 * 16;
+  const uint32_t b = operand.address + lane / 8 % 2 * (4 * 128) + lane / 16 * 128 + lane % 8 * 16;
   SAW_INT4_UNROLL
   for (int nt = 0; nt < 4; nt += 2) {
     uint32_t r[4];
@@ -93,6 +120,12 @@ SAW_INT4_DEVICE void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], uint32
     mma_m16n8k16_f16(d[nt + 1], a, {r[2], r[3]});
   }
 }
+template <bool kRowsOfB>
+SAW_INT4_DEVICE void shared_mma_first(float (&d)[4][4], const uint32_t (&a)[4], SharedOperand b) {
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < 4; ++nt) d[nt][0] = d[nt][1] = d[nt][2] = d[nt][3] = 0.f;
+  shared_mma<kRowsOfB>(d, a, b);
+}
 SAW_INT4_DEVICE void shared_mma_start(float (&)[4][4]) {}
 SAW_INT4_DEVICE void shared_mma_end(float (&)[4][4]) {}
 template <int R>
@@ -103,5 +136,18 @@ SAW_INT4_DEVICE void shared_mma_wait(uint32_t (&)[R][4]) {}
 SAW_INT4_DEVICE void publish_shared() {}
 
 #endif
+
+// Four 8x8 matrices of 16-bit values to shared memory, 128 contiguous bytes each, rows of 16: lane 4*g + c holds
+// M[g][2c, 2c+1] of matrix nt in x[nt].
+SAW_INT4_DEVICE void st_matrices(uint32_t to, const uint32_t (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to + lane_id() * 16), "r"(x[0]),
+               "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+#else
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < 4; ++nt) st_shared(to + nt * 128 + lane_id() * 4, x[nt]);
+#endif
+}
 
 }  // namespace saw_int4::dev

@@ -23,8 +23,8 @@ inline constexpr int kMergeAtMost = 36;   // measured: README.md
 inline constexpr int kRecordPadding = 4;  // words of a stored row of a piece beside O (merge.cuh)
 inline constexpr int kNarrowWarps = 8;    // of a block, at most
 inline constexpr int kWideWarps = 16;
-inline constexpr int kMaxStages = 4;            // of all blocks of an SM together
-inline constexpr int kDecodeScratchBytes = 96;  // of a block, for the walk along its work
+inline constexpr int kMaxStages = 4;             // of all blocks of an SM together
+inline constexpr int kDecodeScratchBytes = 112;  // of a block, for the walk along its work
 
 // Query-row tiles the kernel is compiled for, by head_dim: 8, 16 or 32 rows per pass over the keys.
 constexpr int max_row_tiles(int head_dim) {
@@ -74,19 +74,11 @@ constexpr int query_words_per_lane(int head_dim) {
   return (head_dim + 31) / 32;
 }
 
-// Shared memory for the score terms of one query row: 4 numbers, and two more of the second group, padded. In wide
-// passes, another 8 bytes a group for what accumulators start from (query.cuh).
-constexpr int score_terms_bytes(int groups) {
-  return 16 * groups;
-}
-constexpr int score_starts_bytes(int row_tiles, int groups) {
-  return is_wide(row_tiles) ? 8 * groups : 0;
-}
+inline constexpr int kScoreTermsBytes = 16;  // of shared memory, for a query row (query.cuh)
 
 // Shared memory for the fragments and score terms of one KV head.
-constexpr int query_bytes(int head_dim, int row_tiles, int groups) {
-  return row_tiles * (query_words_per_lane(head_dim) * 512 +
-                      kRowsPerTile * (score_terms_bytes(groups) + score_starts_bytes(row_tiles, groups)));
+constexpr int query_bytes(int head_dim, int row_tiles) {
+  return row_tiles * (query_words_per_lane(head_dim) * 512 + kRowsPerTile * kScoreTermsBytes);
 }
 
 // Shared memory where four warps of a wide pass meet: the weights of their tokens, the reference logits of their rows.
@@ -174,7 +166,7 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
   const bool wide = is_wide(plan.row_tiles), in_registers = query_in_registers(plan.row_tiles);
   const int fours = wide ? plan.warps / kWideWays : 0;
   const int records = (wide ? fours * plan.row_tiles : plan.warps) * kRowsPerTile;
-  const int query = plan.heads_per_block * query_bytes(shape.head_dim, plan.row_tiles, shape.groups);
+  const int query = plan.heads_per_block * query_bytes(shape.head_dim, plan.row_tiles);
   if (in_registers) plan.stage_bytes = std::max(plan.stage_bytes, query);
   plan.stages_bytes = std::max(plan.stages * plan.stage_bytes, records * (shape.head_dim + kRecordPadding) * 4);
   plan.query_offset = in_registers ? (plan.stages - 1) * plan.stage_bytes : plan.stages_bytes;

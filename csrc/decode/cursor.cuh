@@ -64,7 +64,8 @@ SAW_INT4_DEVICE Request fetch_request(const DecodeParams& p, int b) {
 template <int NT>
 class Cursor {
  public:
-  static constexpr int kFreeAt = 64;  // of the scratch: 16 bytes for the block's own use
+  // Of the scratch: 16 bytes twice, for the block's own use.
+  static constexpr int kFreeAt = 64, kAlsoFreeAt = 96;
   // scratch: kDecodeScratchBytes of shared memory, 16-byte aligned.
   SAW_INT4_DEVICE explicit Cursor(uint32_t scratch) : scratch_(scratch) {}
 
@@ -147,7 +148,7 @@ class Cursor {
  private:
   static constexpr int kShareAt = 32;
   static constexpr int kRowsAt = kFreeAt + 16;
-  static_assert(kShareAt + 20 <= kFreeAt && kRowsAt + 16 <= kDecodeScratchBytes);
+  static_assert(kShareAt + 20 <= kFreeAt && kRowsAt + 16 <= kAlsoFreeAt && kAlsoFreeAt + 16 <= kDecodeScratchBytes);
   uint32_t scratch_;
 
   static SAW_INT4_DEVICE int units_of(const DecodePlan& plan, int64_t window, const Request& r) {

@@ -30,7 +30,7 @@ SAW_INT4_DEVICE WideWarp wide_warp(const DecodePlan& plan, int warp) {
   const int rows = NT * kRowsPerTile;
   WideWarp four;
   four.way = warp % kWideWays;
-  four.query = base + plan.query_offset + (warp >> plan.ways_shift) * query_bytes(D, NT, kGroups);
+  four.query = base + plan.query_offset + (warp >> plan.ways_shift) * query_bytes(D, NT);
   four.weights = base + plan.fours_offset + warp / kWideWays * four_warps_bytes(NT, kGroups);
   four.references = four.weights + four_warps_bytes(NT, kGroups) - rows * 4;
   return four;
@@ -71,7 +71,9 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
   const int first_new = piece.seq_len - piece.q_len;
   const int first_position = first_new + piece.rows.token(0);
   const int last_position = first_new + piece.rows.token(piece.rows.rows - 1);
-  const Masks masks{base + plan.rows_offset, p.tree_mask == nullptr ? 0x7fffffff : first_new};
+  const uint32_t scratch = base + plan.scratch_offset;
+  const Masks masks{base + plan.rows_offset, scratch + Cursor<NT>::kFreeAt + 8};
+  if (thread == 0) dev::st_shared<int32_t>(masks.tree_base, p.tree_mask == nullptr ? 0x7fffffff : first_new);
   if (thread < kRowsPerTile * NT) {
     uint4 row{0, 0, 0, 0};
     if (thread < piece.rows.rows) {
@@ -91,8 +93,12 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
   const int unmasked_end = p.tree_mask == nullptr ? first_position + 1 : first_new;
   const int unmasked_begin = p.window >= 0 && last_position > p.window ? last_position - static_cast<int>(p.window) : 0;
   // Wide passes have no registers to keep that in.
-  const uint32_t unmasked_at = base + plan.scratch_offset + Cursor<NT>::kFreeAt;
-  if (is_wide(NT) && thread == 0) dev::st_shared(unmasked_at, int2{unmasked_begin, unmasked_end});
+  const uint32_t unmasked_at = scratch + Cursor<NT>::kFreeAt, source_at = scratch + Cursor<NT>::kAlsoFreeAt;
+  if (is_wide(NT) && thread == 0) {
+    dev::st_shared(unmasked_at, int2{unmasked_begin, unmasked_end});
+    dev::st_shared<int32_t>(unmasked_at + 12, first_token(0));
+    source.keep(source_at);
+  }
 
   SAW_INT4_UNROLL
   for (int i = 0; i < kMaxStages; ++i)
@@ -102,7 +108,7 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
   SAW_INT4_UNROLL_BY(1)
   for (int i = 0; i < stages - 1; ++i) {
     if (i < used_stages)
-      copy_stage<4>(p, plan, source, tokens_in(i), slots + i * stage_tokens * 4, base + i * plan.stage_bytes);
+      copy_stage(p, plan, source, tokens_in(i), slots + i * stage_tokens * 4, base + i * plan.stage_bytes);
     dev::cp_async_commit();
   }
 
@@ -122,7 +128,7 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
   const uint32_t head_rows = base + inside_chunk + head * kRowBytes;
   NarrowQuery<D, is_wide(NT) ? 1 : NT, kGroups> query;
   if constexpr (!is_wide(NT)) {
-    query.shared = base + plan.query_offset + head * query_bytes(D, NT, kGroups);
+    query.shared = base + plan.query_offset + head * query_bytes(D, NT);
     query.load();
   }
 
@@ -132,13 +138,21 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
     dev::block_sync();
     const int before = stage == 0 ? stages - 1 : stage - 1;  // the stage that everybody has left
     const int ahead = i + stages - 1;
-    if (ahead < used_stages)
-      copy_stage<4>(p, plan, source, tokens_in(ahead), slots + before * stage_tokens * 4,
-                    base + before * plan.stage_bytes);
-    dev::cp_async_commit();
+    // Wide passes request the next stage while they multiply: warps that request all at once stand in their copies,
+    // since the memory pipeline takes no more. In narrow ones the other block of the SM computes meanwhile.
+    const bool spread = is_wide(NT) && plan.chunk_bytes == 16;
+    const uint32_t slots_before = slots + before * stage_tokens * 4, stage_before = base + before * plan.stage_bytes;
+    if (!spread) {
+      if (ahead < used_stages)
+        copy_stage(p, plan, is_wide(NT) ? TileSource::kept(source_at, token_bytes) : source, tokens_in(ahead),
+                   slots_before, stage_before);
+      dev::cp_async_commit();
+    }
+    const int first = is_wide(NT) ? dev::ld_shared<int32_t>(unmasked_at + 12) + i * stage_tokens : first_token(i);
     if (is_wide(NT) ? next_slot != kNoSlot : has_slot) {
       dev::st_shared<int32_t>(slots + (stage * stage_tokens + thread) * 4, checked_slot(next_slot, p.num_slots));
-      next_slot = fetch_slot(source, first_token(ahead + 2) + thread);
+      next_slot = fetch_slot(is_wide(NT) ? TileSource::kept(source_at, token_bytes) : source,
+                             first + (stages + 1) * stage_tokens + thread);
     }
     const bool half = kTiles > 1 && i == half_stage;
     constexpr int kTokens = tokens_per_warp(NT, kGroups), kMT = token_tiles(D, NT, kGroups);
@@ -149,13 +163,18 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
       const uint32_t k_rows = base + inside_chunk + (warp >> plan.ways_shift) * kRowBytes + stage * plan.stage_bytes;
       const uint32_t v_rows = k_rows + plan.stage_bytes / 2;
       // Of the first of the four: its token in the stage.
-      const int first = ((warp & (plan.ways - 1)) - four.way) * kTokens, skip = first * plan.token_stride;
-      const int token = first_token(i) + first + four.way * kTokens;
+      const int before_us = ((warp & (plan.ways - 1)) - four.way) * kTokens, skip = before_us * plan.token_stride;
+      const int token = first + before_us + four.way * kTokens;
       const bool masked = token + kTokens > unmasked.y || token < unmasked.x;
-      attend_together<kMT>(s, four, k_rows + skip, v_rows + skip, plan.token_stride, token, masked, masks, p.logit_cap);
+      const TileSource from = TileSource::kept(source_at, token_bytes);
+      const StageCopy<16> copy(p, plan, from, warp * 32 + dev::lane_id(),
+                               spread && ahead < used_stages ? stage_tokens : 0, slots_before, stage_before);
+      attend_together<kMT>(s, four, k_rows + skip, v_rows + skip, plan.token_stride, token, masked, masks, p.logit_cap,
+                           copy);
+      if (spread) dev::cp_async_commit();
     } else {
       const int mine = half ? kTokens / kTiles : kTokens;
-      const int token = first_token(i) + way * mine;
+      const int token = first + way * mine;
       const bool masked = token + mine > unmasked_end || token < unmasked_begin;
       const uint32_t k_row = head_rows + stage * plan.stage_bytes + way * mine * plan.token_stride;
       const uint32_t v_row = k_row + plan.stage_bytes / 2;

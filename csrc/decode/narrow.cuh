@@ -17,7 +17,7 @@ namespace saw_int4 {
 // What turns the accumulators of query rows 8*nt + 2c + u, u = 0, 1, into logits: query.cuh.
 template <int kGroups>
 struct ScoreTerms {
-  float k, bias[kGroups], qsum[kGroups], c0;  // bias and qsum are multiplied by k already
+  float k, c0, qsum[kGroups];  // qsum is multiplied by k already
 };
 
 template <int D, int NT, int kGroups>
@@ -55,17 +55,12 @@ struct NarrowQuery {
   }
   SAW_INT4_DEVICE ScoreTerms<kGroups> shared_terms(int nt, int u) const {
     const uint32_t at = shared + Layout::terms_at(nt * kRowsPerTile + 2 * (dev::lane_id() % 4) + u);
-    const auto first = dev::ld_shared<float4>(at);
+    const auto terms = dev::ld_shared<float4>(at);
     ScoreTerms<kGroups> t;
-    t.k = first.x;
-    t.bias[0] = first.y;
-    t.qsum[0] = first.z;
-    t.c0 = first.w;
-    if constexpr (kGroups > 1) {
-      const auto second = dev::ld_shared<float2>(at + 16);
-      t.bias[1] = second.x;
-      t.qsum[1] = second.y;
-    }
+    t.k = terms.x;
+    t.c0 = terms.y;
+    t.qsum[0] = terms.z;
+    if constexpr (kGroups > 1) t.qsum[1] = terms.w;
     return t;
   }
 };
@@ -167,8 +162,8 @@ SAW_INT4_DEVICE void attend(NarrowState<D, NT, kGroups>& s, const NarrowQuery<D,
     SAW_INT4_UNROLL
     for (int mt = 0; mt < MT; ++mt) {
       const uint32_t at = k_row + (16 * mt + g) * stride + 4 * word;
-      biased_codes(dev::ld_shared<uint32_t>(at), low[mt]);
-      biased_codes(dev::ld_shared<uint32_t>(at + 8 * stride), high[mt]);
+      code_pairs(dev::ld_shared<uint32_t>(at), low[mt]);
+      code_pairs(dev::ld_shared<uint32_t>(at + 8 * stride), high[mt]);
     }
     SAW_INT4_UNROLL
     for (int nt = 0; nt < NT; ++nt) {
@@ -207,8 +202,7 @@ SAW_INT4_DEVICE void attend(NarrowState<D, NT, kGroups>& s, const NarrowQuery<D,
           float logit = t.c0;
           SAW_INT4_UNROLL
           for (int group = 0; group < kGroups; ++group) {
-            const float x = w[mt][group][nt][2 * half + u];
-            logit = dev::fma_rn(scale[group], dev::fma_rn(x, t.k, -t.bias[group]),
+            logit = dev::fma_rn(scale[group], t.k * w[mt][group][nt][2 * half + u],
                                 dev::fma_rn(offset[group], t.qsum[group], logit));
           }
           w[mt][0][nt][2 * half + u] = logit;
@@ -234,22 +228,7 @@ SAW_INT4_DEVICE void attend(NarrowState<D, NT, kGroups>& s, const NarrowQuery<D,
       }
     }
   }
-  if (masked) {
-    SAW_INT4_UNROLL
-    for (int nt = 0; nt < NT; ++nt) {
-      SAW_INT4_UNROLL
-      for (int u = 0; u < 2; ++u) {
-        const auto row = dev::ld_shared<uint4>(masks.rows + (nt * kRowsPerTile + 2 * c + u) * 16);
-        SAW_INT4_UNROLL
-        for (int mt = 0; mt < MT; ++mt) {
-          SAW_INT4_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            if (!visible(token + 16 * mt + 8 * half + g, row, masks.tree_base)) w[mt][0][nt][2 * half + u] = -INFINITY;
-          }
-        }
-      }
-    }
-  }
+  if (masked) hide(w, token, masks);
   bool moves = v_scale >= s.v_cap && v_scale > 0.f;
   SAW_INT4_UNROLL
   for (int nt = 0; nt < NT; ++nt) {

@@ -17,6 +17,18 @@ struct TileSource {
   int head_bytes;        // of the block's first KV head inside a token, rounded down to a chunk
   int token_bytes;       // of a token in the cache
   int end_token;         // tokens of the request; the tail of the last tile is filled with zeros
+
+  // To 16 bytes of shared memory and back, for kernels that have no registers to keep it in.
+  SAW_INT4_DEVICE void keep(uint32_t at) const {
+    const auto address = reinterpret_cast<uintptr_t>(slots);
+    dev::st_shared(at, uint4{static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32),
+                             static_cast<uint32_t>(head_bytes), static_cast<uint32_t>(end_token)});
+  }
+  static SAW_INT4_DEVICE TileSource kept(uint32_t at, int token_bytes) {
+    const auto x = dev::ld_shared<uint4>(at);
+    return {reinterpret_cast<const int32_t*>(static_cast<uintptr_t>(x.y) << 32 | x.x), static_cast<int>(x.z),
+            token_bytes, static_cast<int>(x.w)};
+  }
 };
 
 // Slot of a token, or kPastEnd.
@@ -32,37 +44,58 @@ SAW_INT4_DEVICE int checked_slot(int slot, int64_t num_slots) {
   return slot;
 }
 
-template <int BYTES, int kUnroll>
-SAW_INT4_DEVICE void copy_chunks(const DecodeParams& p, const DecodePlan& plan, const TileSource& source, int tokens,
-                                 uint32_t slots_addr, uint32_t stage_addr) {
-  const int chunks = tokens * plan.chunks_per_token;
-  const uint32_t v_stage = plan.stage_bytes / 2;
-  SAW_INT4_UNROLL_BY(kUnroll)
-  for (int i = dev::thread_index(); i < chunks; i += dev::thread_count()) {
+// Copies the first `tokens` tokens of a stage, in chunks of BYTES of K and of V; thread i of n has chunks i, i + n, ..
+template <int BYTES>
+struct StageCopy {
+  const DecodeParams& p;
+  const DecodePlan& plan;
+  const TileSource& source;
+  int thread, chunks;
+  uint32_t slots_addr, stage_addr;
+
+  SAW_INT4_DEVICE StageCopy(const DecodeParams& params, const DecodePlan& decode_plan, const TileSource& tile_source,
+                            int thread_index, int tokens, uint32_t slots, uint32_t stage)
+      : p(params),
+        plan(decode_plan),
+        source(tile_source),
+        thread(thread_index),
+        chunks(tokens * plan.chunks_per_token),
+        slots_addr(slots),
+        stage_addr(stage) {}
+
+  // Requests chunk i, if there is one.
+  SAW_INT4_DEVICE void request(int i) const {
+    if (i >= chunks) return;
     const int token = static_cast<int>(dev::mul_hi(static_cast<uint32_t>(i), plan.chunk_magic));
     const int chunk = i - token * plan.chunks_per_token;
     const int slot = dev::ld_shared<int32_t>(slots_addr + 4 * token);
-    const bool valid = slot != kPastEnd;
     // Of a slot past the end nothing is read, wherever this points.
-    const uint64_t from = dev::mul_wide(static_cast<uint32_t>(slot), static_cast<uint32_t>(source.token_bytes)) +
+    const bool valid = slot != kPastEnd;
+    const uint64_t from = dev::mul_wide(static_cast<uint32_t>(slot), source.token_bytes) +
                           static_cast<uint32_t>(source.head_bytes + chunk * BYTES);
     const uint32_t to = stage_addr + token * plan.token_stride + chunk * BYTES;
     dev::cp_async_zfill<BYTES>(to, p.k_cache + from, valid);
-    dev::cp_async_zfill<BYTES>(to + v_stage, p.v_cache + from, valid);
+    dev::cp_async_zfill<BYTES>(to + plan.stage_bytes / 2, p.v_cache + from, valid);
   }
-}
+  // Turn t of a thread that does not request all at once.
+  SAW_INT4_DEVICE void turn(int t) const { request(thread + t * dev::thread_count()); }
+  // All turns from `first` on.
+  template <int kUnroll>
+  SAW_INT4_DEVICE void turns(int first) const {
+    SAW_INT4_UNROLL_BY(kUnroll)
+    for (int i = thread + first * dev::thread_count(); i < chunks; i += dev::thread_count()) request(i);
+  }
+};
 
-// The stage's first `tokens` tokens. kUnroll: of the 16-byte loop; the others are for few KV heads only and kept short,
-// since code costs start-up time.
-template <int kUnroll>
+// A whole stage. The loops of 8 and 4 bytes are for few KV heads only and kept short, since code costs start-up time.
 SAW_INT4_DEVICE void copy_stage(const DecodeParams& p, const DecodePlan& plan, const TileSource& source, int tokens,
                                 uint32_t slots_addr, uint32_t stage_addr) {
   if (plan.chunk_bytes == 16)
-    copy_chunks<16, kUnroll>(p, plan, source, tokens, slots_addr, stage_addr);
+    StageCopy<16>(p, plan, source, dev::thread_index(), tokens, slots_addr, stage_addr).turns<4>(0);
   else if (plan.chunk_bytes == 8)
-    copy_chunks<8, (kUnroll + 1) / 2>(p, plan, source, tokens, slots_addr, stage_addr);
+    StageCopy<8>(p, plan, source, dev::thread_index(), tokens, slots_addr, stage_addr).turns<2>(0);
   else
-    copy_chunks<4, (kUnroll + 1) / 2>(p, plan, source, tokens, slots_addr, stage_addr);
+    StageCopy<4>(p, plan, source, dev::thread_index(), tokens, slots_addr, stage_addr).turns<2>(0);
 }
 
 // Waits until the oldest of the (stages - 1) copies in flight has landed.

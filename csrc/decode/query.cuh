@@ -1,5 +1,5 @@
-// The query rows of one KV head as MMA operands: q' = sign * H_R(q * s), then normalised by a power of two to |q'| <= 1
-// and rounded to fp16, so that outliers neither overflow nor flush their row.
+// The query rows of one KV head as MMA operands: q' = sign * H_R(q * s), then normalised by a power of two to
+// |q'| <= 2^kQueryBits and rounded to fp16, so that outliers neither overflow nor flush their row.
 //
 // The warps of a block share the rows of all its heads: a row is transformed once, by 16 or 32 lanes that hold 4 or 8
 // neighbouring channels each, and left in shared memory for every warp of its head: in narrow passes as the fragments
@@ -7,9 +7,9 @@
 // what the B fragments of k-steps 2j and 2j + 1 need; in wide ones as the matrices that shared_mma takes.
 //
 // Scores (in units of log2): a key with codes x, scale a and offset o gives
-//     k * (a * (q'.biased(x) - 1024 sum(r)) + o * qsum) + c0,    r: the rounded operands
+//     k * (a * q'.x + o * sum(q')) + c0
 // (for each group of channels, summed before c0 is added) with k = sm_scale * log2(e) * (power of two), c0 = log2(e) *
-// sm_scale * q.mu. Both sums are those of the rounded operands, so the bias cancels to the last bit of the accumulator.
+// sm_scale * q.mu, and of the rounded q' in both places. The tensor cores deliver q'.x * 2^-24 (fragments.cuh).
 #pragma once
 
 #include "common/rows.cuh"
@@ -20,6 +20,7 @@
 namespace saw_int4 {
 
 inline constexpr float kLog2e = 1.44269504088896340736f;
+inline constexpr int kQueryBits = 15;  // as large as fp16 allows: the fewest small q' are subnormal
 
 // Four 16-bit floats, fp16 or bf16.
 SAW_INT4_DEVICE void widen_four(const uint2& v, bool is_fp16, float* x) {
@@ -36,12 +37,10 @@ SAW_INT4_DEVICE void widen_four(const uint2& v, bool is_fp16, float* x) {
 template <int D, int NT, int kGroups>
 struct QueryLayout {
   static constexpr bool kWide = is_wide(NT);
-  static constexpr int kWords = query_words_per_lane(D);          // of a lane, in narrow passes
-  static constexpr int kTermsBytes = score_terms_bytes(kGroups);  // of a row
-  static constexpr int kTermsAt = NT * kWords * 512;              // bytes of fragments before the terms
-  static constexpr int kStartsAt = kTermsAt + NT * kRowsPerTile * kTermsBytes;
-  static constexpr int kBytes = kStartsAt + NT * kRowsPerTile * score_starts_bytes(NT, kGroups);
-  static_assert(kBytes == query_bytes(D, NT, kGroups));
+  static constexpr int kWords = query_words_per_lane(D);  // of a lane, in narrow passes
+  static constexpr int kTermsAt = NT * kWords * 512;      // bytes of fragments before the terms
+  static constexpr int kBytes = kTermsAt + NT * kRowsPerTile * kScoreTermsBytes;
+  static_assert(kBytes == query_bytes(D, NT));
 
   // The pair of channels 2i, 2i + 1 of a word, for one row.
   static SAW_INT4_DEVICE int pair_at(int row, int word, int i) {
@@ -50,11 +49,7 @@ struct QueryLayout {
     if constexpr (kWide) return ((4 * j + i) * NT + nt) * 128 + g * 16 + c * 4;
     return (nt * kWords + j) * 512 + (4 * g + c) * 16 + 4 * i;
   }
-  static SAW_INT4_DEVICE int terms_at(int row) { return kTermsAt + row * kTermsBytes; }
-  // Of rows 8*nt + 2c, 2c + 1: what four accumulators start from.
-  static SAW_INT4_DEVICE int starts_at(int group, int nt, int c) {
-    return kStartsAt + (group * NT + nt) * (kRowsPerTile / 2 * 16) + c * 16;
-  }
+  static SAW_INT4_DEVICE int terms_at(int row) { return kTermsAt + row * kScoreTermsBytes; }
 };
 
 // How a row lies while it is transformed: lane i of kLanes has channels kChannels * i and on; those past the row's end
@@ -106,7 +101,7 @@ SAW_INT4_DEVICE RawQuery<D> fetch_query(const DecodeParams& p, const QueryRows& 
 template <int D, int kGroups>
 struct TransformedQuery {
   uint32_t pairs[QueryLanes<D>::kChannels / 2] = {};
-  float bias[kGroups] = {}, qsum[kGroups] = {};  // kCodeBias times the sum of the operands; of what they multiply
+  float qsum[kGroups] = {};  // of each group's channels
   float k = 0.f, c0 = 0.f, c0_per_k = 0.f;
 };
 
@@ -158,11 +153,12 @@ SAW_INT4_DEVICE TransformedQuery<D, kGroups> transform_row(const DecodeParams& p
   for (int i = 0; i < N; ++i) largest = dev::fmax(largest, dev::fmax(x[i], -x[i]));
   SAW_INT4_UNROLL
   for (int mask = 1; mask < kLanes; mask *= 2) largest = dev::fmax(largest, dev::shfl_xor(largest, mask));
-  // 2 ** exponent > largest; both it and its inverse are normal numbers.
+  // 2 ** exponent > largest; the power of two that brings it to 2 ** kQueryBits, and its inverse, are normal numbers.
   uint32_t exponent = (dev::float_bits(largest) >> 23) + 1;
-  exponent = exponent > 253 ? 253 : exponent;
-  const float shrink = dev::bits_float((254 - exponent) << 23), grow = dev::bits_float(exponent << 23);
-  float rounded_sum[kGroups] = {}, qsum[kGroups] = {};
+  exponent = exponent > 253 ? 253 : exponent <= kQueryBits ? kQueryBits + 1 : exponent;
+  const float shrink = dev::bits_float((254 + kQueryBits - exponent) << 23);
+  const float grow = dev::bits_float((exponent - kQueryBits) << 23);
+  float qsum[kGroups] = {};
   TransformedQuery<D, kGroups> q;
   SAW_INT4_UNROLL
   for (int i = 0; i < N / 2; ++i) {
@@ -171,33 +167,25 @@ SAW_INT4_DEVICE TransformedQuery<D, kGroups> transform_row(const DecodeParams& p
     const float r0 = dev::f16_to_float(static_cast<uint16_t>(q.pairs[i]));
     const float r1 = dev::f16_to_float(static_cast<uint16_t>(q.pairs[i] >> 16));
     const int g = N < kCodesPerWord ? 0 : group_of_channel(2 * i, kGroups);
-    rounded_sum[g] += r0 + r1;
     qsum[g] = dev::fma_rn(i % 2 ? kOddPairFactor : 1.f, r0 + r1, qsum[g]);
   }
   if constexpr (kGroups > 1 && N < kCodesPerWord) {  // all the lane's channels are of one group
     if (group_of_channel(channel, kGroups) == 1) {
-      rounded_sum[1] = rounded_sum[0];
       qsum[1] = qsum[0];
-      rounded_sum[0] = qsum[0] = 0.f;
+      qsum[0] = 0.f;
     }
   }
   SAW_INT4_UNROLL
   for (int mask = 1; mask < kLanes; mask *= 2) {
     SAW_INT4_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
-      rounded_sum[g] += dev::shfl_xor(rounded_sum[g], mask);
-      qsum[g] += dev::shfl_xor(qsum[g], mask);
-    }
+    for (int g = 0; g < kGroups; ++g) qsum[g] += dev::shfl_xor(qsum[g], mask);
     mean_score += dev::shfl_xor(mean_score, mask);
   }
   const float norm = order == kFullOrder ? hadamard_norm(kFullOrder) : hadamard_norm(order);
   const float unit = p.sm_scale * kLog2e;
   q.k = unit * norm * grow;
   SAW_INT4_UNROLL
-  for (int g = 0; g < kGroups; ++g) {
-    q.bias[g] = kCodeBias * rounded_sum[g];
-    q.qsum[g] = qsum[g];
-  }
+  for (int g = 0; g < kGroups; ++g) q.qsum[g] = qsum[g];
   q.c0 = unit * mean_score;
   q.c0_per_k = dev::div_rn(mean_score * shrink, norm);  // k itself may be 0
   return q;
@@ -209,20 +197,12 @@ template <int D, int NT, int kGroups>
 SAW_INT4_DEVICE void store_terms(uint32_t query, int row, const TransformedQuery<D, kGroups>& q) {
   using Layout = QueryLayout<D, NT, kGroups>;
   const uint32_t terms = query + Layout::terms_at(row);
-  if constexpr (Layout::kWide) {
-    dev::st_shared(terms, float4{q.k, q.qsum[0], q.c0_per_k, 0.f});
-    if constexpr (kGroups > 1) dev::st_shared(terms + 16, q.qsum[1]);
-    const int in_tile = row % kRowsPerTile;
-    SAW_INT4_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
-      const uint32_t start = query + Layout::starts_at(g, row / kRowsPerTile, in_tile / 2) + in_tile % 2 * 4;
-      dev::st_shared(start, -q.bias[g]);
-      dev::st_shared(start + 8, -q.bias[g]);
-    }
-  } else {
-    dev::st_shared(terms, float4{q.k, q.k * q.bias[0], q.k * q.qsum[0], q.c0});
-    if constexpr (kGroups > 1) dev::st_shared(terms + 16, float2{q.k * q.bias[1], q.k * q.qsum[1]});
-  }
+  constexpr float kUnit = 1.f / kCodesPerUnit;
+  if constexpr (Layout::kWide)
+    dev::st_shared(terms,
+                   float4{kCodesPerUnit * q.k, kUnit * q.c0_per_k, kUnit * q.qsum[0], kUnit * q.qsum[kGroups - 1]});
+  else
+    dev::st_shared(terms, float4{kCodesPerUnit * q.k, q.c0, q.k * q.qsum[0], q.k * q.qsum[kGroups - 1]});
 }
 
 // Transforms one turn's rows to fragments and terms in shared memory; rows not in use become zeros.

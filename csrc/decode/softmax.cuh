@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/device.h"
+#include "decode/config.h"
 #include "format.h"
 
 namespace saw_int4 {
@@ -32,10 +33,10 @@ SAW_INT4_DEVICE float soft_cap(float logit, float cap, float inverse) {
   return dev::fma_rn(-2.f * cap, dev::rcp_approx(power + 1.f), cap);
 }
 
-// What hides tokens from query rows: rows[n] = {end, begin, tree bits low, high} in shared memory.
+// What hides tokens from query rows: addresses in shared memory. rows[n] = {end, begin, tree bits low, high}; tree_base
+// is the first new token when there is a tree mask, else past every token.
 struct Masks {
-  uint32_t rows;
-  int tree_base;  // first new token when there is a tree mask, else past every token
+  uint32_t rows, tree_base;
 };
 
 SAW_INT4_DEVICE bool visible(int token, const uint4& row, int tree_base) {
@@ -43,6 +44,28 @@ SAW_INT4_DEVICE bool visible(int token, const uint4& row, int tree_base) {
   if (token < tree_base) return true;
   const int bit = token - tree_base;
   return ((bit < 32 ? row.z >> bit : row.w >> (bit - 32)) & 1u) != 0;
+}
+
+// Logits of tokens that a query row may not see <- -inf. w[mt]: of 16 tokens, the lane's as the tensor cores leave
+// them.
+template <int MT, int NT, int kGroups>
+SAW_INT4_DEVICE void hide(float (&w)[MT][kGroups][NT][4], int token, const Masks& masks) {
+  const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
+  const auto tree_base = dev::ld_shared<int32_t>(masks.tree_base);
+  SAW_INT4_UNROLL
+  for (int nt = 0; nt < NT; ++nt) {
+    SAW_INT4_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      const auto row = dev::ld_shared<uint4>(masks.rows + (nt * kRowsPerTile + 2 * c + u) * 16);
+      SAW_INT4_UNROLL
+      for (int mt = 0; mt < MT; ++mt) {
+        SAW_INT4_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          if (!visible(token + 16 * mt + 8 * half + g, row, tree_base)) w[mt][0][nt][2 * half + u] = -INFINITY;
+        }
+      }
+    }
+  }
 }
 
 // The parameters of a row's groups, scale in the low half; row_params: their shared address.

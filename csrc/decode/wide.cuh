@@ -55,34 +55,31 @@ SAW_INT4_DEVICE uint32_t weights_at(int eight_tokens) {
   return eight_tokens * (NT * 128);
 }
 
-// Scores of the warp's tokens, of its first row on, up to the row's factor k: w[mt][group] <- sums, biases removed.
-template <int MT, int D, int NT, int kGroups>
-SAW_INT4_DEVICE void multiply_keys(float (&w)[MT][kGroups][NT][4], uint32_t query, uint32_t k_row, int stride) {
+// Scores of the warp's tokens, of its first row on, up to the row's factor k, in units of 2^-24: w[mt][group].
+template <int MT, int D, int NT, int kGroups, typename Copy>
+SAW_INT4_DEVICE void multiply_keys(float (&w)[MT][kGroups][NT][4], uint32_t query, uint32_t k_row, int stride,
+                                   const Copy& copy) {
   using Layout = QueryLayout<D, NT, kGroups>;
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
-  SAW_INT4_UNROLL
-  for (int mt = 0; mt < MT; ++mt) {
-    SAW_INT4_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
-      SAW_INT4_UNROLL
-      for (int nt = 0; nt < NT; ++nt) {
-        const auto start = dev::ld_shared<float4>(query + Layout::starts_at(group, nt, c));
-        w[mt][group][nt][0] = start.x;
-        w[mt][group][nt][1] = start.y;
-        w[mt][group][nt][2] = start.z;
-        w[mt][group][nt][3] = start.w;
-      }
-      dev::shared_mma_start(w[mt][group]);
-    }
-  }
+  constexpr int kWordsOfToken = D / 32, kSteps = MT * kWordsOfToken;
+  // Most plans need no more turns than that; one more, and sm_100 has no register for it.
+  constexpr int kMostTurns = dev::kMeasuredArch ? 5 : 4, kCopyTurns = kSteps < kMostTurns ? kSteps : kMostTurns;
+  const uint32_t first = k_row + g * stride + 4 * c;
+  uint32_t words[2][2];  // of a step and of the next: tokens g and g + 8
+  const auto load = [&](int step) {
+    const uint32_t at = first + 16 * (step / kWordsOfToken) * stride + 16 * (step % kWordsOfToken);
+    words[step % 2][0] = dev::ld_shared<uint32_t>(at);
+    words[step % 2][1] = dev::ld_shared<uint32_t>(at + 8 * stride);
+  };
+  load(0);
   uint32_t a[2][2][4];  // two words' operands: one is unpacked while the other is multiplied
   SAW_INT4_UNROLL
-  for (int step = 0; step < MT * (D / 32); ++step) {
-    const int mt = step / (D / 32), j = step % (D / 32);
-    const uint32_t at = k_row + (16 * mt + g) * stride + 4 * (4 * j + c);
+  for (int step = 0; step < kSteps; ++step) {
+    const int mt = step / kWordsOfToken, j = step % kWordsOfToken;
+    if (step + 1 < kSteps) load(step + 1);
     uint32_t low[4], high[4];
-    biased_codes(dev::ld_shared<uint32_t>(at), low);
-    biased_codes(dev::ld_shared<uint32_t>(at + 8 * stride), high);
+    code_pairs(words[step % 2][0], low);
+    code_pairs(words[step % 2][1], high);
     auto& mine = a[step % 2];
     SAW_INT4_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -93,12 +90,21 @@ SAW_INT4_DEVICE void multiply_keys(float (&w)[MT][kGroups][NT][4], uint32_t quer
     }
     dev::shared_mma_begin(mine);
     // Channels 0 .. 3 of the word, then 4 .. 7.
-    dev::shared_mma<false>(w[mt][0], mine[0], query + Layout::pair_at(0, 4 * j, 0));
-    dev::shared_mma<false>(w[mt][kGroups - 1], mine[1], query + Layout::pair_at(0, 4 * j, 2));
+    const auto b = [&](int pair) { return dev::shared_operand(query, Layout::pair_at(0, 4 * j, pair)); };
+    if (j == 0)
+      dev::shared_mma_first<false>(w[mt][0], mine[0], b(0));
+    else
+      dev::shared_mma<false>(w[mt][0], mine[0], b(0));
+    if (j == 0 && kGroups > 1)
+      dev::shared_mma_first<false>(w[mt][kGroups - 1], mine[1], b(2));
+    else
+      dev::shared_mma<false>(w[mt][kGroups - 1], mine[1], b(2));
     dev::shared_mma_commit();
+    if (step < kCopyTurns) copy.turn(step);
     if (step > 0) dev::shared_mma_wait<1>(a[(step - 1) % 2]);
   }
-  dev::shared_mma_wait<0>(a[(MT * (D / 32) - 1) % 2]);
+  copy.template turns<1>(kCopyTurns);
+  dev::shared_mma_wait<0>(a[(kSteps - 1) % 2]);
   SAW_INT4_UNROLL
   for (int mt = 0; mt < MT; ++mt) {
     SAW_INT4_UNROLL
@@ -176,9 +182,9 @@ template <bool kMasked, int MT, int D, int NT, int kGroups>
 SAW_INT4_DEVICE void weigh(WideState<D, NT, kGroups>& s, float (&w)[MT][kGroups][NT][4],
                            const float (&v_weight)[MT][kGroups][2], const float (&v_extra)[MT][kGroups][2],
                            uint32_t weights) {
-  const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
   SAW_INT4_UNROLL
   for (int mt = 0; mt < MT; ++mt) {
+    uint32_t pairs[2][kGroups][NT];
     SAW_INT4_UNROLL
     for (int nt = 0; nt < NT; ++nt) {
       SAW_INT4_UNROLL
@@ -197,11 +203,16 @@ SAW_INT4_DEVICE void weigh(WideState<D, NT, kGroups>& s, float (&w)[MT][kGroups]
             x[group][u] = hidden ? 0.f : weight * v_weight[mt][group][half];
           }
         }
-        const uint32_t at = weights + weights_at<NT>(2 * mt + half) + nt * 128 + g * 16 + c * 4;
         SAW_INT4_UNROLL
         for (int group = 0; group < kGroups; ++group)
-          dev::st_shared(at + group * weights_at<NT>(kWideWays * 2 * MT), dev::pack_f16x2(x[group][0], x[group][1]));
+          pairs[half][group][nt] = dev::pack_f16x2(x[group][0], x[group][1]);
       }
+    }
+    SAW_INT4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      SAW_INT4_UNROLL
+      for (int group = 0; group < kGroups; ++group)
+        dev::st_matrices(weights + weights_at<NT>(2 * mt + half + group * kWideWays * 2 * MT), pairs[half][group]);
     }
   }
 }
@@ -214,27 +225,37 @@ SAW_INT4_DEVICE void multiply_values(WideState<D, NT, kGroups>& s, const WideWar
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
   const Map map(four.way, g);
   const uint32_t first = v_rows + 2 * c * stride + 4 * map.word;
+  uint32_t words[2][4];  // of a step and of the next: tokens 2c, 2c+1, 2c+8, 2c+9
+  const auto load = [&](int step) {
+    const uint32_t at = first + 16 * step * stride;
+    SAW_INT4_UNROLL
+    for (int i = 0; i < 4; ++i) words[step % 2][i] = dev::ld_shared<uint32_t>(at + (8 * (i / 2) + i % 2) * stride);
+  };
+  load(0);
   uint32_t a[2][kTiles][4];
   SAW_INT4_UNROLL
   for (int i = 0; i < kTiles; ++i) dev::shared_mma_start(s.o[i]);
   SAW_INT4_UNROLL
   for (int step = 0; step < kSteps; ++step) {
-    const uint32_t at = first + 16 * step * stride;
-    const auto t0 = dev::ld_shared<uint32_t>(at), t1 = dev::ld_shared<uint32_t>(at + stride);
-    const auto t8 = dev::ld_shared<uint32_t>(at + 8 * stride), t9 = dev::ld_shared<uint32_t>(at + 9 * stride);
+    if (step + 1 < kSteps) load(step + 1);
+    const auto& t = words[step % 2];
     auto& mine = a[step % 2];
     SAW_INT4_UNROLL
     for (int i = 0; i < kTiles; ++i) {
       const uint32_t even = 0x4400 + 0x1111 * map.byte(i), odd = even + 0x2222;
-      mine[i][0] = centred_pair(dev::prmt(t0, t1, even), map.nibble(i));
-      mine[i][1] = centred_pair(dev::prmt(t0, t1, odd), map.nibble(i));
-      mine[i][2] = centred_pair(dev::prmt(t8, t9, even), map.nibble(i));
-      mine[i][3] = centred_pair(dev::prmt(t8, t9, odd), map.nibble(i));
+      SAW_INT4_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const uint32_t pair = dev::prmt(t[r / 2 * 2], t[r / 2 * 2 + 1], r % 2 == 0 ? even : odd);
+        mine[i][r] = centred_pair(pair, map.nibble(i));
+      }
     }
+    if (step == 0) dev::four_warps_sync();  // the weights are there
     dev::shared_mma_begin(mine);
     SAW_INT4_UNROLL
-    for (int i = 0; i < kTiles; ++i)
-      dev::shared_mma<true>(s.o[i], mine[i], four.weights + weights_at<NT>(2 * step + 2 * kSteps * map.group(i)));
+    for (int i = 0; i < kTiles; ++i) {
+      const auto b = dev::shared_operand(four.weights, weights_at<NT>(2 * step + 2 * kSteps * map.group(i)));
+      dev::shared_mma<true>(s.o[i], mine[i], b);
+    }
     dev::shared_mma_commit();
     if (step > 0) dev::shared_mma_wait<1>(a[(step - 1) % 2]);
   }
@@ -245,15 +266,15 @@ SAW_INT4_DEVICE void multiply_values(WideState<D, NT, kGroups>& s, const WideWar
 
 // MT * 16 tokens of each of four warps; k_rows, v_rows: shared addresses of the first one's, `stride` bytes
 // apart. token, masked: the warp's first, and whether any query row may not see some of its tokens.
-template <int MT, int D, int NT, int kGroups>
+template <int MT, int D, int NT, int kGroups, typename Copy>
 SAW_INT4_DEVICE void attend_together(WideState<D, NT, kGroups>& s, const WideWarp& four, uint32_t k_rows,
                                      uint32_t v_rows, int stride, int token, bool masked, const Masks& masks,
-                                     float logit_cap) {
+                                     float logit_cap, const Copy& copy) {
   using Layout = QueryLayout<D, NT, kGroups>;
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4, way = four.way;
   const int mine = way * 16 * MT * stride;
   float w[MT][kGroups][NT][4];
-  multiply_keys<MT, D, NT, kGroups>(w, four.query, k_rows + mine, stride);
+  multiply_keys<MT, D, NT, kGroups>(w, four.query, k_rows + mine, stride, copy);
 
   float k_scale[MT][kGroups][2], k_offset[MT][kGroups][2];
   const auto params_at = [&](int mt, int half) { return mine + (16 * mt + 8 * half + g) * stride + scale_byte(D, 0); };
@@ -278,14 +299,14 @@ SAW_INT4_DEVICE void attend_together(WideState<D, NT, kGroups>& s, const WideWar
     SAW_INT4_UNROLL
     for (int u = 0; u < 2; ++u) {
       const float reference = u == 0 ? references.x : references.y;
-      const auto terms = dev::ld_shared<float4>(terms_at(nt, u));  // k, qsum, c0 / k
-      float qsum[kGroups] = {terms.y};
-      if constexpr (kGroups > 1) qsum[1] = dev::ld_shared<float>(terms_at(nt, u) + 16);
+      const auto terms = dev::ld_shared<float4>(terms_at(nt, u));  // k, c0 / k, qsum
+      float qsum[kGroups] = {terms.z};
+      if constexpr (kGroups > 1) qsum[1] = terms.w;
       SAW_INT4_UNROLL
       for (int mt = 0; mt < MT; ++mt) {
         SAW_INT4_UNROLL
         for (int half = 0; half < 2; ++half) {
-          float y = terms.z;
+          float y = terms.y;
           SAW_INT4_UNROLL
           for (int group = 0; group < kGroups; ++group)
             y = dev::fma_rn(k_scale[mt][group][half], w[mt][group][nt][2 * half + u],
@@ -313,22 +334,7 @@ SAW_INT4_DEVICE void attend_together(WideState<D, NT, kGroups>& s, const WideWar
       }
     }
   }
-  if (masked) {
-    SAW_INT4_UNROLL
-    for (int nt = 0; nt < NT; ++nt) {
-      SAW_INT4_UNROLL
-      for (int u = 0; u < 2; ++u) {
-        const auto row = dev::ld_shared<uint4>(masks.rows + (nt * kRowsPerTile + 2 * c + u) * 16);
-        SAW_INT4_UNROLL
-        for (int mt = 0; mt < MT; ++mt) {
-          SAW_INT4_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            if (!visible(token + 16 * mt + 8 * half + g, row, masks.tree_base)) w[mt][0][nt][2 * half + u] = -INFINITY;
-          }
-        }
-      }
-    }
-  }
+  if (masked) hide(w, token, masks);
   // The largest, as integers: bits of floats order like them where it matters, above 0.
   int32_t highest = INT32_MIN;
   SAW_INT4_UNROLL
@@ -376,7 +382,6 @@ SAW_INT4_DEVICE void attend_together(WideState<D, NT, kGroups>& s, const WideWar
   else
     weigh<false>(s, w, v_weight, v_extra, my_weights);
   dev::publish_shared();
-  dev::four_warps_sync();
   multiply_values<MT>(s, four, v_rows, stride);
 }
 

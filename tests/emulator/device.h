@@ -158,16 +158,22 @@ inline uint32_t movmatrix_trans_b16(uint32_t row_pair, Site site = Site::current
   return machine().collective<uint32_t>("movmatrix_trans_b16", site, row_pair, emulator::movmatrix_trans);
 }
 
+struct SharedOperand {
+  uint32_t address;
+};
+inline SharedOperand shared_operand(uint32_t base, int bytes) {
+  return {base + bytes};
+}
 // Each lane reads some runs of the matrices, as ldmatrix would, and the warp multiplies; the other warps of a wgmma do
 // the same for themselves. The sums are out of sight until shared_mma_end.
 template <bool kRowsOfB>
-void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b, Site site = Site::current()) {
+void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], SharedOperand b, Site site = Site::current()) {
   auto& self = machine().current();
   std::vector<float>& sums = machine().product(&d[0][0], site);
   machine().use_operands(a, site);
   for (int nt = 0; nt < 4; ++nt) {
     emulator::Run run;
-    const uint32_t at = b + (self.lane / 8 % 2 * 4 + nt) * 128 + self.lane % 8 * 16;
+    const uint32_t at = b.address + (self.lane / 8 % 2 * 4 + nt) * 128 + self.lane % 8 * 16;
     self.block->shared.read_operand(&run, at, sizeof run, self.index, self.block->clocks, site);
     const auto fragment =
         machine().collective<emulator::BFragment>("shared_mma", site, run, emulator::fragment_of_runs<kRowsOfB>);
@@ -179,6 +185,12 @@ void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b, Site site 
 }
 inline void shared_mma_start(float (&d)[4][4], Site site = Site::current()) {
   machine().start_product(&d[0][0], 16, site);
+}
+template <bool kRowsOfB>
+void shared_mma_first(float (&d)[4][4], const uint32_t (&a)[4], SharedOperand b, Site site = Site::current()) {
+  std::fill_n(&d[0][0], 16, 0.f);
+  shared_mma_start(d, site);
+  shared_mma<kRowsOfB>(d, a, b, site);
 }
 inline void shared_mma_end(float (&d)[4][4], Site site = Site::current()) {
   machine().end_product(&d[0][0], site);
@@ -214,6 +226,23 @@ template <class T>
 void st_shared(uint32_t address, T value, Site site = Site::current()) {
   auto& self = machine().current();
   self.block->shared.write(address, &value, sizeof(T), self.index, self.block->clocks, site);
+}
+// A collective of the warp; each lane writes the runs that it names to stmatrix.
+inline void st_matrices(uint32_t to, const uint32_t (&x)[4], Site site = Site::current()) {
+  struct In {
+    uint32_t x[4];
+  };
+  In in;
+  std::copy_n(x, 4, in.x);
+  const int lane = lane_id(), matrix = lane / 8, row = lane % 8;
+  struct Row {
+    uint32_t x[4];
+  };
+  const Row mine = machine().collective<Row>("st_matrices", site, in, [](const In* in, Row* out) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int c = 0; c < 4; ++c) out[lane].x[c] = in[4 * (lane % 8) + c].x[lane / 8];
+  });
+  st_shared(to + (matrix * 8 + row) * 16, uint4{mine.x[0], mine.x[1], mine.x[2], mine.x[3]}, site);
 }
 template <class T>
 T ld_global(const T* pointer, Site site = Site::current()) {

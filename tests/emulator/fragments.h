@@ -7,10 +7,13 @@
 //
 // Accumulation is no better than the hardware's, of which NVIDIA promises little and measurements tell more (Fasi et
 // al., "Numerical behavior of NVIDIA tensor cores", 2021): eight exact products and the accumulator at a time are
-// aligned to the largest of them, cut off below its 24th bit, summed, and the sum cut to fp32, always towards zero.
+// aligned to the largest of them, cut off below its 24th bit, summed, and the sum cut to fp32, always towards zero. A
+// subnormal operand is aligned as if it were the smallest normal number (seen on an H100).
 #pragma once
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -41,15 +44,24 @@ inline Ints magnitude(const Floats& x) {
   return std::bit_cast<Ints>(x) & 0x7fffffff;
 }
 
-// sum + a[0] b[0] + ... + a[7] b[7] for one row of A and four columns of B, whose rows are two Floats apart.
-inline Floats add_products(const Floats& sum, const float* a, const Floats* b) {
+// What |x| counts for when products are aligned.
+template <Element kElement>
+float aligned_as(float x) {
+  return kElement == Element::kHalf && x != 0.f ? std::max(std::fabs(x), 0x1p-14f) : std::fabs(x);
+}
+
+// sum + a[0] b[0] + ... + a[7] b[7] for one row of A and four columns of B, whose rows are two Floats apart; sizes:
+// what they count for.
+inline Floats add_products(const Floats& sum, const float* a, const Floats* b, const float* a_sizes,
+                           const Floats* b_sizes) {
   constexpr int kFloor = 27 << 23;  // 2^-100: what is aligned to less is cut off, and the powers below stay normal
   Floats terms[9];
   terms[8] = sum;
   Ints largest = magnitude(sum);
   for (int k = 0; k < 8; ++k) {
     terms[k] = a[k] * b[2 * k];  // exact: 11 by 11 bits
-    largest = magnitude(terms[k]) > largest ? magnitude(terms[k]) : largest;
+    const Ints size = magnitude(a_sizes[k] * b_sizes[2 * k]);
+    largest = size > largest ? size : largest;
   }
   Ints exponent = largest & 0x7f800000;
   const Ints special = exponent == 0x7f800000;
@@ -71,7 +83,7 @@ inline Floats add_products(const Floats& sum, const float* a, const Floats* b) {
 
 template <Element kElement>
 void mma_m16n8k16(const MmaOperands* in, MmaResult* out) {
-  float a[16][16], b[16][8], c[16][8];
+  float a[16][16], b[16][8], c[16][8], a_sizes[16][16], b_sizes[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const int group = lane / 4, member = lane % 4;
     for (int half = 0; half < 2; ++half) {
@@ -82,13 +94,19 @@ void mma_m16n8k16(const MmaOperands* in, MmaResult* out) {
     }
     for (int i = 0; i < 4; ++i) c[group + 8 * (i >> 1)][2 * member + (i & 1)] = in[lane].c[i];
   }
-  Floats columns[16][2], sums[16][2];
+  for (int i = 0; i < 16; ++i) {
+    std::ranges::transform(a[i], a_sizes[i], aligned_as<kElement>);
+    std::ranges::transform(b[i], b_sizes[i], aligned_as<kElement>);
+  }
+  Floats columns[16][2], column_sizes[16][2], sums[16][2];
   std::memcpy(columns, b, sizeof b);
+  std::memcpy(column_sizes, b_sizes, sizeof b_sizes);
   std::memcpy(sums, c, sizeof c);
   for (int row = 0; row < 16; ++row) {
     for (int half = 0; half < 2; ++half) {
       for (int k = 0; k < 16; k += 8) {
-        sums[row][half] = add_products(sums[row][half], a[row] + k, &columns[k][half]);
+        sums[row][half] =
+            add_products(sums[row][half], a[row] + k, &columns[k][half], a_sizes[row] + k, &column_sizes[k][half]);
       }
     }
   }

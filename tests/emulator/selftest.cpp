@@ -466,8 +466,18 @@ SAW_INT4_KERNEL collectives_kernel(LaneParams p) {
   st_global(out + 6, static_cast<uint32_t>(count_lanes(value % 3 == 0)));
 }
 
-// B, words 20 * 32 and on, by its columns or its rows; of each lane A and the sums. What may be wrong with it: bug.
-enum class Bug { kNone, kUnpublished, kNoWait, kOperandChanges, kReadEarly, kNoStart, kNeverEnds };
+// Four words of each lane, as fragments of four matrices; out: what lies where they were stored.
+SAW_INT4_KERNEL st_matrices_kernel(LaneParams p) {
+  uint32_t x[4];
+  for (int i = 0; i < 4; ++i) x[i] = ld_global(p.in + 4 * lane_id() + i);
+  st_matrices(shared_base(), x);
+  block_sync();
+  for (int i = 0; i < 4; ++i) st_global(p.out + 4 * lane_id() + i, ld_shared<uint32_t>(word(4 * lane_id() + i)));
+}
+
+// B, words 20 * 32 and on, by its columns or its rows; of each lane A and the sums. What may be wrong with it: bug; or
+// kFirst: the sums are new ones.
+enum class Bug { kNone, kUnpublished, kNoWait, kOperandChanges, kReadEarly, kNoStart, kNeverEnds, kFirst };
 
 template <bool kRowsOfB>
 void shared_mma_of(LaneParams p, Bug bug) {
@@ -479,9 +489,12 @@ void shared_mma_of(LaneParams p, Bug bug) {
   float d[4][4];
   for (int i = 0; i < 4; ++i) a[0][i] = ld_global(in + i);
   for (int i = 0; i < 16; ++i) d[i / 4][i % 4] = bits_float(ld_global(in + 4 + i));
-  if (bug != Bug::kNoStart) shared_mma_start(d);
+  if (bug != Bug::kNoStart && bug != Bug::kFirst) shared_mma_start(d);
   shared_mma_begin(a);
-  shared_mma<kRowsOfB>(d, a[0], shared_base());
+  if (bug == Bug::kFirst)
+    shared_mma_first<kRowsOfB>(d, a[0], shared_operand(shared_base(), 0));
+  else
+    shared_mma<kRowsOfB>(d, a[0], shared_operand(shared_base(), 0));
   shared_mma_commit();
   if (bug == Bug::kNeverEnds) return;
   if (bug == Bug::kOperandChanges) ++a[0][2];
@@ -500,7 +513,7 @@ void (*shared_mma_with(int bug))(LaneParams) {
   void (*const kernels[])(LaneParams) = {shared_mma_kernel<kRowsOfB, 0>, shared_mma_kernel<kRowsOfB, 1>,
                                          shared_mma_kernel<kRowsOfB, 2>, shared_mma_kernel<kRowsOfB, 3>,
                                          shared_mma_kernel<kRowsOfB, 4>, shared_mma_kernel<kRowsOfB, 5>,
-                                         shared_mma_kernel<kRowsOfB, 6>};
+                                         shared_mma_kernel<kRowsOfB, 6>, shared_mma_kernel<kRowsOfB, 7>};
   return kernels[bug];
 }
 
@@ -551,6 +564,8 @@ PYBIND11_MODULE(SAW_INT4_MODULE, m) {
         [](const std::vector<uint32_t>& in) { return run_lanes(movmatrix_kernel, "movmatrix", 32, in, 32); });
   m.def("collectives",
         [](const std::vector<uint32_t>& in) { return run_lanes(collectives_kernel, "collectives", 64, in, 7 * 64); });
+  m.def("st_matrices",
+        [](const std::vector<uint32_t>& in) { return run_lanes(st_matrices_kernel, "st_matrices", 32, in, 128); });
   m.def("shared_mma", [](const std::vector<uint32_t>& in, bool rows_of_b, int bug) {
     return run_lanes(rows_of_b ? shared_mma_with<true>(bug) : shared_mma_with<false>(bug), "shared_mma", 32, in, 512);
   });

@@ -296,6 +296,14 @@ def test_mma_carries_nan_and_infinity(emulator):
     assert np.isnan(d[2]).all() and np.isposinf(d[5]).all() and np.isfinite(np.delete(d, [2, 5], axis=0)).all()
 
 
+def test_mma_aligns_subnormals_as_the_smallest_normal_number(emulator):
+    a, b = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
+    a[0, 0], b[0] = 2.0**-24, 1.0  # alone it is exact
+    assert (run_mma(emulator, a, b, np.zeros((16, 8)), False)[0] == 2.0**-24).all()
+    a[0, 1], b[1] = 2.0**-14, 2.0**-24  # a bit that fp32 has room for, but 2^-24 below the smallest normal product
+    assert (run_mma(emulator, a, b, np.zeros((16, 8)), False)[0] == 2.0**-24).all()
+
+
 def test_movmatrix_transposes(emulator):
     matrix = np.arange(64, dtype=np.uint32).reshape(8, 8) * 1000 % 65521
 
@@ -303,6 +311,13 @@ def test_movmatrix_transposes(emulator):
         return [int(m[lane // 4, lane % 4 * 2]) | int(m[lane // 4, lane % 4 * 2 + 1]) << 16 for lane in LANES]
 
     assert emulator.movmatrix(fragment(matrix)) == fragment(matrix.T)
+
+
+def test_st_matrices_leaves_rows_side_by_side(emulator):
+    matrices = np.arange(4 * 64, dtype=np.uint16).reshape(4, 8, 8) * 251
+    fragments = matrices.view(np.uint32).reshape(4, 32).T  # lane l holds elements 2*(l%4), 2*(l%4)+1 of row l/4 of each
+    stored = emulator.st_matrices([int(x) for x in fragments.reshape(-1)])
+    np.testing.assert_array_equal(np.array(stored, np.uint32).view(np.uint16), matrices.reshape(-1))
 
 
 def run_shared_mma(emulator, a, b, c, rows_of_b, bug=0):
@@ -336,11 +351,15 @@ def small_matrices(seed):
     return [rng.integers(low, 100, shape).astype(np.float32) for low, shape in shapes]
 
 
+FIRST = 7  # of what bug may be: none, but sums that begin with shared_mma_first
+
+
 @pytest.mark.parametrize("rows_of_b", [False, True])
 def test_shared_mma_is_the_matrix_product(emulator, rows_of_b):
     for seed in range(5):
         a, b, c = small_matrices(seed)
         np.testing.assert_array_equal(run_shared_mma(emulator, a, b, c, rows_of_b), a @ b + c)
+        np.testing.assert_array_equal(run_shared_mma(emulator, a, b, c, rows_of_b, FIRST), a @ b)
         assert not np.array_equal(run_shared_mma(emulator, a, b.reshape(2, 8, 4, 8).swapaxes(1, 3).reshape(16, 32), c,
                                                  rows_of_b), a @ b + c)  # fmt: skip
 

@@ -1,7 +1,7 @@
 """What the compiler made of the CUDA kernels, per architecture: registers, shared memory, spills, inner loops.
 
 Needs nvcc and nvdisasm, no GPU. Fails on spills, stack, local memory, narrow accesses in a loop, or a missing MMA.
-One kernel may spill 8 bytes (SPILLS_ALLOWED); its row says so.
+Some may spill up to 16 bytes (SPILLS_ALLOWED); their rows say so.
 
     python scripts/compile_report.py                       every decode kernel and the usual others, every supported
                                                            architecture (minutes)
@@ -105,9 +105,15 @@ OPERATORS = {
         needs=(r"LDG\S*\.128", r"STG\S*\.128"), narrow=r"(LDG|STG)\.(?!\S*\.128)", narrow_allowed=0,
     ),
 }  # fmt: skip
-# Bytes that a kernel may spill all the same, by architecture, operator and instance. Wide passes have 16 warps of 128
-# registers: on sm_100a 8 bytes too few, read back once a tile.
-SPILLS_ALLOWED = {("100a", "decode", (64, 4, 1)): 8}
+# Bytes of stack that a kernel may spill to all the same, by architecture, operator and instance. Passes of 8 rows of two
+# groups have 128 registers, so that two blocks fit on an SM: here 8 to 12 bytes too few, read back once a tile.
+SPILLS_ALLOWED = {
+    ("80", "decode", (80, 1, 2)): 8,
+    ("80", "decode", (96, 1, 2)): 16,
+    ("80", "decode", (128, 1, 2)): 8,
+    ("86", "decode", (96, 1, 2)): 16,
+    ("89", "decode", (96, 1, 2)): 16,
+}
 # Prints what the host asks for: warps and shared memory of a block, and codes per lane and trip of the inner loop. The
 # kernels' headers are read as a host compiler sees them, through the emulator's device.h.
 SHAPES = """#include <cstdio>

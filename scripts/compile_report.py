@@ -105,8 +105,8 @@ OPERATORS = {
         needs=(r"LDG\S*\.128", r"STG\S*\.128"), narrow=r"(LDG|STG)\.(?!\S*\.128)", narrow_allowed=0,
     ),
 }  # fmt: skip
-# Bytes of stack that a kernel may spill to all the same, by architecture, operator and instance. Passes of 8 rows of two
-# groups have 128 registers, so that two blocks fit on an SM: here 8 to 12 bytes too few, read back once a tile.
+# Bytes of stack that a kernel may spill to all the same, by architecture, operator and instance. Passes of 8 rows of
+# two groups have 128 registers, so that two blocks fit on an SM: here 8 to 12 bytes too few, read back once a tile.
 SPILLS_ALLOWED = {
     ("80", "decode", (80, 1, 2)): 8,
     ("80", "decode", (96, 1, 2)): 16,

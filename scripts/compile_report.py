@@ -75,8 +75,13 @@ def typed(usual: tuple[tuple, ...]) -> dict[str, tuple[tuple, ...]]:
     return {"usual": usual, "all": tuple((d, t, *other) for d in HEAD_DIMS for t in DTYPES for other in others)}
 
 
-ROW_TILES = {64: (1, 2, 4), 128: (1, 2, 4), 256: (1, 2)}  # of decode; others: 1
-DECODE = tuple((d, tiles, groups) for d in HEAD_DIMS for tiles in ROW_TILES.get(d, (1,)) for groups in (1, 2))
+def row_tiles(head_dim: int, groups: int) -> tuple[int, ...]:
+    """Row tiles that decode is compiled for: max_row_tiles of csrc/decode/config.h."""
+    most = 4 if head_dim == 128 or (head_dim, groups) == (64, 1) else 2 if head_dim in (64, 256) else 1
+    return tuple(tiles for tiles in (1, 2, 4) if tiles <= most)
+
+
+DECODE = tuple((d, tiles, groups) for d in HEAD_DIMS for groups in (1, 2) for tiles in row_tiles(d, groups))
 
 
 OPERATORS = {

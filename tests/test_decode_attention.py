@@ -72,6 +72,7 @@ CASES = {
     "two_groups_kv_heads_5": replace(BASE, groups=2, num_q_heads=10, num_kv_heads=5, head_dim=128),
     "two_groups_rows_16": replace(BASE, groups=2, head_dim=128, num_q_heads=8, q_lens=(4, 1, 3), seq_lens=(70, 4, 200)),
     "two_groups_rows_32": replace(BASE, groups=2, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(70, 4, 200)),
+    "two_groups_rows_27": replace(BASE, groups=2, num_q_heads=6, q_lens=(9, 1, 2), seq_lens=(109, 6, 200)),
     "two_groups_rows_of_256": replace(BASE, groups=2, head_dim=256, num_q_heads=8, q_lens=(4, 1, 3), tree=True),
     "two_groups_sharp": replace(BASE, groups=2, kv_scale=30.0, head_dim=128),
     **{f"group_{g}": replace(BASE, num_q_heads=2 * g) for g in (1, 3, 4, 7, 8, 16)},

@@ -26,9 +26,10 @@ inline constexpr int kWideWarps = 16;
 inline constexpr int kMaxStages = 4;             // of all blocks of an SM together
 inline constexpr int kDecodeScratchBytes = 112;  // of a block, for the walk along its work
 
-// Query-row tiles the kernel is compiled for, by head_dim: 8, 16 or 32 rows per pass over the keys.
-constexpr int max_row_tiles(int head_dim) {
-  return head_dim == 64 || head_dim == 128 ? 4 : head_dim == 256 ? 2 : 1;
+// Query-row tiles the kernel is compiled for: 8, 16 or 32 rows per pass over the keys.
+constexpr int max_row_tiles(int head_dim, int groups) {
+  if (head_dim == 128 || (head_dim == 64 && groups == 1)) return 4;
+  return head_dim == 64 || head_dim == 256 ? 2 : 1;
 }
 
 // Passes of up to 16 rows are narrow: a warp has tokens of its own and all channels of them (narrow.cuh). Wider ones
@@ -221,7 +222,7 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
   const int rows = shape.num_q_heads / shape.num_kv_heads * shape.max_q_len;
   DecodePlan plan;
   plan.row_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
-  plan.row_tiles = std::min(plan.row_tiles, max_row_tiles(shape.head_dim));
+  plan.row_tiles = std::min(plan.row_tiles, max_row_tiles(shape.head_dim, shape.groups));
   plan.max_pieces = shape.batch_invariant ? kInvariantPieces : 0;
   const int most = max_warps(plan.row_tiles, shape.groups, device.shared_bytes_per_block >= kLargeSharedBytes);
   for (int warps = most; warps >= 4; warps /= 2)

@@ -16,9 +16,9 @@ void launch_decode(const DecodeParams& p, const DecodePlan& plan, Stream stream)
     launch("saw_int4_decode_kernel", kernel, plan.blocks, plan.warps * 32, plan.shared_bytes, stream, p, plan);
   };
   if (plan.row_tiles == 1) return with(saw_int4_decode_kernel<D, 1, kGroups>);
-  if constexpr (max_row_tiles(D) >= 2)
+  if constexpr (max_row_tiles(D, kGroups) >= 2)
     if (plan.row_tiles == 2) return with(saw_int4_decode_kernel<D, 2, kGroups>);
-  if constexpr (max_row_tiles(D) >= 4)
+  if constexpr (max_row_tiles(D, kGroups) >= 4)
     if (plan.row_tiles == 4) return with(saw_int4_decode_kernel<D, 4, kGroups>);
   throw std::logic_error("decode_attention: no kernel for head_dim " + std::to_string(D) + " with " +
                          std::to_string(plan.row_tiles) + " row tiles");

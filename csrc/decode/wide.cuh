@@ -16,10 +16,10 @@ namespace saw_int4 {
 
 // Which channels the four warps have: row g of MMA i of PV is channels 2*pair, 2*pair + 1 (rows g + 8) of the word,
 // pair = 2*byte + nibble as they lie in each half of it. Lanes g and g + 4 share a word. Of two groups, an MMA sees
-// one.
+// one, the same in all four warps, as their weights, its B, are: head_dim 64 has too few MMAs for that.
 template <int D, int kGroups>
 struct ChannelMap {
-  static_assert(D == 64 || D == 128);
+  static_assert(D == 128 || (D == 64 && kGroups == 1));
   static constexpr int kTiles = D / 64;  // MMAs of 16 channels
   int way, sub, word;                    // sub: which of the lanes that share the word
 
@@ -28,7 +28,7 @@ struct ChannelMap {
   SAW_INT4_DEVICE int byte(int i) const { return D == 64 ? way / 2 : kGroups == 1 ? sub : i; }
   SAW_INT4_DEVICE int nibble(int i) const { return D == 64 || kGroups > 1 ? sub : i; }
   SAW_INT4_DEVICE int pair(int i) const { return 2 * byte(i) + nibble(i); }
-  SAW_INT4_DEVICE int group(int i) const { return kGroups == 1 ? 0 : byte(i); }
+  SAW_INT4_DEVICE int group(int i) const { return kGroups == 1 ? 0 : i; }
 };
 
 // Running softmax of the rows of a head: lane 4g + c, rows 8*nt + 2c + u. l and extra are this lane's share (its own

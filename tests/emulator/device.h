@@ -170,7 +170,7 @@ template <bool kRowsOfB>
 void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], SharedOperand b, Site site = Site::current()) {
   auto& self = machine().current();
   std::vector<float>& sums = machine().product(&d[0][0], site);
-  machine().use_operands(a, site);
+  machine().use_operands(a, b.address, site);
   for (int nt = 0; nt < 4; ++nt) {
     emulator::Run run;
     const uint32_t at = b.address + (self.lane / 8 % 2 * 4 + nt) * 128 + self.lane % 8 * 16;

@@ -98,6 +98,7 @@ void Machine::start(Block& block, int index) {
   block.live = true;
   block.warps_at_barrier = 0;
   block.warps_at_fours = 0;
+  for (auto& operands : block.mma_operands) operands.clear();
   block.vote.fill(false);
   block.shared.reset(shared_bytes_);
   block.clocks.reset();
@@ -123,6 +124,7 @@ void Machine::start(Block& block, int index) {
     thread.products.clear();
     thread.operands.clear();
     thread.product_groups = 0;
+    thread.shared_mmas = 0;
     thread.stack.prepare(thread.context, &Machine::run_thread);
   }
 }
@@ -330,7 +332,14 @@ void Machine::end_product(float* d, const Site& site) {
   std::erase_if(current_->products, [&](const Product& product) { return product.d == d; });
 }
 
-void Machine::use_operands(const uint32_t* a, const Site& site) {
+void Machine::use_operands(const uint32_t* a, uint32_t b, const Site& site) {
+  std::vector<uint32_t>& of_four = current_->block->mma_operands[current_->warp->index / 4];
+  const size_t i = current_->shared_mmas++;
+  if (i == of_four.size()) of_four.push_back(b);
+  if (of_four[i] != b) {
+    stop(site, text("shared_mma of different B in the lanes of four warps: byte ", b - SharedMemory::kBase, " here, ",
+                    of_four[i] - SharedMemory::kBase, " elsewhere"));
+  }
   current_->operands.push_back({a, {a[0], a[1], a[2], a[3]}, current_->product_groups, site});
 }
 

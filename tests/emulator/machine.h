@@ -66,6 +66,7 @@ struct Thread {
   std::vector<Product> products;
   std::vector<Operands> operands;  // of products not waited for
   int product_groups = 0;          // committed
+  size_t shared_mmas = 0;          // so far
   Context context;
   FiberStack stack;
 };
@@ -89,6 +90,7 @@ struct Block {
   uint32_t warps_at_fours = 0;                        // at barriers of four warps
   std::array<bool, kMaxWarps / 4> vote{}, outcome{};  // at those under way, and of the last
   std::array<Site, kMaxWarps / 4> fours_site{};
+  std::array<std::vector<uint32_t>, kMaxWarps / 4> mma_operands;  // B of every shared_mma so far
   Site barrier_site;
   SharedMemory shared;
   Clocks clocks;
@@ -121,10 +123,11 @@ class Machine {
   bool four_warps_any(bool vote, const Site& site);
 
   // shared_mma: products whose sums nobody may see before their end, and operands not to be changed before their wait.
+  // The address of B is the same in all lanes of the four warps.
   void start_product(float* d, int n, const Site& site);
   std::vector<float>& product(const float* d, const Site& site);
   void end_product(float* d, const Site& site);
-  void use_operands(const uint32_t* a, const Site& site);
+  void use_operands(const uint32_t* a, uint32_t b, const Site& site);
   void commit_products();
   void wait_for_products(int groups_left);
 

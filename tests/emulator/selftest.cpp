@@ -540,12 +540,31 @@ SAW_INT4_KERNEL four_warps_at_two_places(LaneParams p) {
   st_global(p.out + thread_index(), ld_global(p.in + thread_index()));
 }
 
+// Two products of every warp, the second of another B. Planted: one warp takes them in the other order.
+template <bool kPlanted>
+SAW_INT4_KERNEL four_warps_multiply(LaneParams p) {
+  for (int i = 0; i < 4; ++i) st_shared(word(4 * thread_index() + i), ld_global(p.in + thread_index()));
+  publish_shared();
+  block_sync();
+  uint32_t a[1][4] = {};
+  float d[4][4] = {};
+  shared_mma_start(d);
+  for (int i = 0; i < 2; ++i) {
+    shared_mma_begin(a);
+    shared_mma<true>(d, a[0], shared_operand(shared_base(), (kPlanted && warp_id() == 2 ? 1 - i : i) * 1024));
+    shared_mma_commit();
+    shared_mma_wait<0>(a);
+  }
+  shared_mma_end(d);
+  st_global(p.out + thread_index(), float_bits(d[0][0]));
+}
+
 std::vector<uint32_t> run_lanes(void (*kernel)(LaneParams), const char* name, int threads,
                                 const std::vector<uint32_t>& in, size_t words_out) {
   std::vector<uint32_t> out(words_out);
   Registered registered({{"in", in.data(), static_cast<int64_t>(4 * in.size()), Access::kRead},
                          {"out", out.data(), static_cast<int64_t>(4 * words_out), Access::kWrite}});
-  launch(name, kernel, 1, threads, 1024, nullptr, LaneParams{in.data(), out.data()});
+  launch(name, kernel, 1, threads, 2048, nullptr, LaneParams{in.data(), out.data()});
   return out;
 }
 
@@ -573,6 +592,10 @@ PYBIND11_MODULE(SAW_INT4_MODULE, m) {
     void (*const kernels[])(LaneParams) = {four_warps_kernel<0>, four_warps_kernel<1>, four_warps_kernel<2>,
                                            four_warps_kernel<3>, four_warps_at_two_places<0>};
     return run_lanes(kernels[planted], "four_warps", 256, in, 512);
+  });
+  m.def("four_warps_multiply", [](const std::vector<uint32_t>& in, bool planted) {
+    return run_lanes(planted ? four_warps_multiply<true> : four_warps_multiply<false>, "four_warps_multiply", 128, in,
+                     128);
   });
   m.def("half_to_float", &saw_int4::emulator::half_to_float);
   m.def("float_to_half", &saw_int4::emulator::float_to_half);

@@ -384,6 +384,12 @@ def test_sums_of_shared_mma_are_out_of_sight_until_its_end(emulator):
     assert np.isnan(d[8:, 8:16:2]).all() and np.isnan(d).sum() == 32  # register 2 of n-tile 1, of every lane
 
 
+def test_four_warps_multiply_by_one_b(emulator):
+    assert emulator.four_warps_multiply([0] * 128, False) == [0] * 128
+    with pytest.raises(emulator.EmulatorError, match="shared_mma of different B in the lanes of four warps"):
+        emulator.four_warps_multiply([0] * 128, True)
+
+
 def test_barrier_and_vote_of_four_warps(emulator):
     values = list(range(256))
     handed, voted = np.array(emulator.four_warps(values, 0), np.uint32).reshape(256, 2).T

@@ -120,9 +120,9 @@ def draft_caches(worker) -> None:
 
 def windows(model: torch.nn.Module) -> bool:
     """Whether a layer of the model attends through a sliding window."""
-    from sglang.srt.layers.radix_attention import RadixAttention
+    from saw_int4.sglang_plugin.workspaces import attention_layers
 
-    return any(isinstance(m, RadixAttention) and m.sliding_window_size >= 0 for m in model.modules())
+    return any(layer.sliding_window_size >= 0 for layer in attention_layers(model))
 
 
 def pool(model_runner) -> None:

@@ -14,8 +14,19 @@ DRAFT_CELLS = 1 << 21  # of drafts' slot tables made at a time: 16 MB for each o
 
 
 def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
-    """SGLang's attention layers of a model."""
-    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+    """SGLang's attention layers of a model.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    held = getattr(model, "attention_instances", {}).values()  # of models that Transformers implements: no submodules
+    layers = [module for module in (*model.modules(), *held) if isinstance(module, RadixAttention)]
+    if not layers:
+        raise NotImplementedError(
+            f"int4 KV cache: no attention layers found in {type(model).__name__}, expected RadixAttention among its "
+            "modules or in its attention_instances. Way out: use another --kv-cache-dtype for this model."
+        )
+    return layers
 
 
 def widest_window(layers: list[RadixAttention], known: int | None) -> int:

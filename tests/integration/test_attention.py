@@ -11,7 +11,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from saw_int4 import env, ops
-from saw_int4.sglang_plugin import prefill, verify
+from saw_int4.sglang_plugin import prefill, verify, workspaces
 from saw_int4.sglang_plugin.backend import Int4AttentionBackend
 from saw_int4.sglang_plugin.plan import Span, arrange
 from saw_int4.sglang_plugin.pool import Int4KVPool, name_layers
@@ -25,7 +25,7 @@ SLOTS = 1024
 
 
 def make_backend(
-    monkeypatch, rotation: str, calibrated: bool, device: str = "cpu", groups: int = 1, layers=()
+    monkeypatch, rotation: str, calibrated: bool, device: str = "cpu", groups: int = 1, layers=None
 ) -> Int4AttentionBackend:
     """The backend over a fresh pool, without a server around it."""
     monkeypatch.setenv(env.RESOLVED, env.Options(rotation, groups=groups).to_json())
@@ -51,7 +51,7 @@ def make_backend(
         token_to_kv_pool=pool,
         req_to_token_pool=SimpleNamespace(req_to_token=table),
         page_size=PAGE,
-        model=torch.nn.ModuleList(layers),
+        model=torch.nn.ModuleList(layers or [RadixAttention(H_Q, D, D**-0.5, H_KV, layer_id=0)]),
         model_config=SimpleNamespace(num_attention_heads=H_Q, get_total_num_kv_heads=lambda: H_KV),
         dtype=torch.float32,
         sliding_window_size=None,
@@ -284,6 +284,19 @@ def test_layers_it_would_compute_wrongly_are_refused(monkeypatch, changes):
     vars(module).update(changes)
     with pytest.raises(NotImplementedError, match="Way out"):  # of the model, before anything is served
         make_backend(monkeypatch, "k", False, layers=[module])
+
+
+def test_layers_outside_of_the_modules_are_found():
+    """SGLang's models of Transformers' implementation hold theirs in a dict, where ``modules()`` does not look."""
+    model = torch.nn.Module()
+    with pytest.raises(NotImplementedError, match="no attention layers found in Module, expected .* Way out"):
+        workspaces.attention_layers(model)
+    model.attention_instances = {
+        i: RadixAttention(H_Q, D, D**-0.5, H_KV, layer_id=i, sliding_window_size=window)
+        for i, window in enumerate((-1, WINDOW))
+    }
+    assert workspaces.attention_layers(model) == list(model.attention_instances.values())
+    assert verify.windows(model)
 
 
 def test_unknown_arguments_are_refused(monkeypatch):

@@ -86,9 +86,9 @@ def _replace_stopgap(server_args, previous) -> None:
 
 
 def _backend_is_ours_to_choose(server_args) -> bool:
-    """Whether the operator named none."""
-    fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    return all(getattr(server_args, field) is None for field in fields)
+    """Whether the operator named none, or ours for all."""
+    phases = (server_args.prefill_attention_backend, server_args.decode_attention_backend)
+    return server_args.attention_backend in (None, ATTENTION_BACKEND) and phases == (None, None)
 
 
 def _accept_or_refuse(server_args, previous) -> None:

@@ -51,10 +51,11 @@ def test_accepted(model):
     assert getattr(args, FINGERPRINT_ATTRIBUTE) == env.published().fingerprint == UNCALIBRATED.fingerprint
 
 
-def test_a_model_with_a_list_of_backends_of_its_own(model, tmp_path):
+@pytest.mark.parametrize("named", [{}, {"attention_backend": "saw_int4"}])
+def test_a_model_with_a_list_of_backends_of_its_own(model, tmp_path, named):
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
 
-    args = start(gpt_oss(model, tmp_path / "model"))
+    args = start(gpt_oss(model, tmp_path / "model"), **named)
     assert attention_backends_of(resolved_view(args)) == ("saw_int4", "saw_int4")
 
 

@@ -31,6 +31,7 @@ READS = {
     "sglang.srt.layers.radix_attention.RadixAttention": (
         "layer_id", "tp_q_head_num", "tp_k_head_num", "qk_head_dim", "v_head_dim", "scaling", "logit_cap",
         "logit_capping_method", "sliding_window_size", "is_cross_attention", "attn_type", "xai_temperature_len",
+        "use_irope",
     ),
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token",),
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool": (
@@ -42,7 +43,12 @@ READS = {
     ),
     "sglang.srt.configs.model_config.ModelConfig": (
         "head_dim", "v_head_dim", "is_encoder_decoder", "hf_config", "get_num_kv_heads", "is_hybrid_swa",
-        "get_swa_num_kv_heads", "swa_head_dim",
+        "get_swa_num_kv_heads", "swa_head_dim", "context_len",
+    ),
+    "sglang.srt.models.transformers.TransformersBase": ("attention_instances",),
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator": (
+        "model", "model_config", "model_dtype", "device", "gpu_id", "kv_cache_dtype", "kv_cache_dtype_str",
+        "sliding_window_size", "is_hybrid_swa", "is_draft_worker", "layer_info", "spec_aux_config",
     ),
     "sglang.srt.managers.cache_controller.HiCacheController": (
         "mem_pool_device", "mem_pool_host", "storage_backend_type",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from types import FunctionType
@@ -13,7 +15,7 @@ from server import ROOT, environment
 
 from saw_int4 import env
 from saw_int4.finding import BROKEN, OK
-from saw_int4.sglang_plugin import fit, native, register, verify
+from saw_int4.sglang_plugin import fit, native, register, sizing, verify, workspaces
 
 pytestmark = pytest.mark.both_versions
 
@@ -75,6 +77,18 @@ def test_every_override_is_watched(path):
         name for name, value in vars(cls).items() if isinstance(value, FunctionType | property) and name[:2] != "__"
     ]
     assert sorted(fit.OVERRIDES[path]) == sorted(n for n in ours if any(n in vars(base) for base in theirs))
+
+
+@pytest.mark.parametrize(
+    ("cls", "read"),
+    [
+        ("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator", r"\bkvc\.(\w+)"),
+        ("sglang.srt.configs.model_config.ModelConfig", r"\bkvc\.model_config\.(\w+)"),
+    ],
+)
+def test_what_sizing_reads_is_watched(cls, read):
+    source = inspect.getsource(sizing) + inspect.getsource(workspaces)
+    assert set(re.findall(read, source)) <= set(fit.READS[cls])
 
 
 def test_missing_hook(monkeypatch):

@@ -152,7 +152,7 @@ def decode_workspace(
 ) -> Tensor | None:
     """Scratch for ``decode_attention`` calls of up to ``num_query_rows`` rows: uint8, zeroed; None on CPU.
 
-    Reusable by calls with the same number of query heads and head_dim. Calls that may run at the same time need one
+    Reusable by calls with no more query heads and no larger head_dim. Calls that may run at the same time need one
     each. For batch-invariant calls the rows are those that ``max_q_len`` allows, requests times ``max_q_len``, at
     about ``128 * D`` bytes per query head each.
     """

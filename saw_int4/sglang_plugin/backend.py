@@ -24,6 +24,11 @@ from saw_int4.sglang_plugin.window_slots import WindowSlots
 
 logger = logging.getLogger(__name__)
 
+SINKS_IN_BF16 = (
+    "int4 KV cache: attention layer {} has sinks, which layers in BF16 do not support. "
+    f"Way out: leave it out of {env.BF16_LAYERS} (--saw-bf16-layers)."
+)
+
 
 class Int4AttentionBackend(AttentionBackend):
     """Decode and short extends through decode_attention, long extends through gather_kv and 16-bit attention."""
@@ -45,13 +50,14 @@ class Int4AttentionBackend(AttentionBackend):
             self.window_slots = WindowSlots(self.token_to_kv_pool, table, kept)
         self._workspaces: list[torch.Tensor] = []  # only the last is in use; captured graphs hold the others' addresses
         self._workspace_rows = self._graph_rows = 0
+        self._workspace_shape = workspaces.decode_shape(layers)
         self._batch_invariant = env.published().batch_invariant
         self._verify_buffers: VerifyBuffers | None = None  # where verifications are captured
         self._verify_mask = verify_mask(self.token_to_kv_pool.device)
         self._bf16_layers = bf16_layers.backend_for(model_runner)
-        self._layers: dict[int, tuple[Int4KVPool, int, bool]] = {}  # checked layers, as pool.locate finds them
-        for layer in layers:  # all of them now, not at the first request
-            self._check_layer(layer)
+        # As pool.locate finds them; all are checked now, not at the first request.
+        self._layers = {layer.layer_id: self._check_layer(layer) for layer in layers}
+        self._check_sinks(model_runner.model)
 
         cuda = torch.device(self.token_to_kv_pool.device).type == "cuda"
         self.fresh = cuda
@@ -135,8 +141,8 @@ class Int4AttentionBackend(AttentionBackend):
         """Scratch of decode_attention for so many query rows; grows in the eager pass before a capture, not in it."""
         rows = max(rows, workspaces.decode_rows(self._graph_rows, self._batch_invariant))
         if q.is_cuda and rows > self._workspace_rows:
-            workspace = ops.decode_workspace(q.device, rows, *q.shape[1:], batch_invariant=self._batch_invariant)
-            self._workspaces.append(workspace)
+            shape, invariant = self._workspace_shape, self._batch_invariant
+            self._workspaces.append(ops.decode_workspace(q.device, rows, *shape, batch_invariant=invariant))
             self._workspace_rows = rows
         return self._workspaces[-1] if self._workspaces else None
 
@@ -158,7 +164,7 @@ class Int4AttentionBackend(AttentionBackend):
         pool, local, is_swa = self._layer(layer)
         if pool.in_bf16(local):
             if sinks is not None:
-                raise NotImplementedError("int4 KV cache: layers in BF16 are not supported for attention with sinks.")
+                raise NotImplementedError(SINKS_IN_BF16.format(layer.layer_id))
             return self._bf16_layers.forward(q, k, v, layer, forward_batch, save_kv_cache)
         if save_kv_cache and k is not None:
             loc = KVWriteLoc(forward_batch.out_cache_loc, self.plan.swa_loc)
@@ -307,3 +313,13 @@ class Int4AttentionBackend(AttentionBackend):
                 "Way out: use another --kv-cache-dtype for this model."
             )
         return pool, local, is_swa
+
+    def _check_sinks(self, model: torch.nn.Module) -> None:
+        """Refuses layers in BF16 beside sinks: the module that holds both passes them to attention."""
+        for module in model.modules():
+            if not any("sink" in name for name, _ in module.named_parameters(recurse=False)):
+                continue
+            for layer in module.children():
+                pool, local, _ = self._layers.get(getattr(layer, "layer_id", None), (None, 0, False))
+                if pool is not None and pool.in_bf16(local):
+                    raise NotImplementedError(SINKS_IN_BF16.format(layer.layer_id))

@@ -54,7 +54,13 @@ class WindowSlots:
         for buffers in (self._captured, self._eager):
             if requests <= len(buffers[0]) and tokens <= len(buffers[2]):
                 return buffers
-        self._eager = self._buffers(max(requests, len(self._eager[0])), max(tokens, len(self._eager[2])))
+        lines, counted = len(self._eager[0]), len(self._captured[0])
+        if requests > lines:  # by doubling; as far as sizing counts, while that suffices
+            most = counted if requests <= counted else len(self.req_to_token)
+            lines = max(requests, min(2 * lines, most))
+        tokens = max(tokens, len(self._eager[2]))
+        self._eager = buffers = None  # released before there are new ones
+        self._eager = self._buffers(lines, tokens)
         return self._eager
 
     def _buffers(self, requests: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,6 +43,11 @@ def gather_tokens(token_bytes: int, window: int) -> int:
     return max(GATHER_BYTES // token_bytes, 2 * window)
 
 
+def decode_shape(layers: list[RadixAttention]) -> tuple[int, int]:
+    """Query heads and head_dim of decode_attention's scratch: the most of each that a layer has."""
+    return max(layer.tp_q_head_num for layer in layers), max(layer.qk_head_dim for layer in layers)
+
+
 def decode_rows(graph_rows: int, batch_invariant: bool) -> int:
     """Query rows that decode_attention's scratch is made for, at least.
 
@@ -63,13 +68,15 @@ def beside_the_pool(kvc) -> dict[str, int]:
     invariant = env.published().batch_invariant
     cells = rows * (window + 1) if window else 0
     drafts = min(cells, DRAFT_CELLS) * 8 * 5 if rows > requests else 0
-    tables = 2 if kvc.is_hybrid_swa else 0  # of captured graphs, and of passes that do not fit them
+    # Of captured graphs, and of passes that do not fit them: of more requests than graphs have, they grow uncounted.
+    tables = 2 if kvc.is_hybrid_swa else 0
     return {
         "gathered keys and values": gather_tokens(token_bytes, window) * token_bytes,
-        "decode_attention": max(
-            ops.decode_workspace_bytes(device, decode_rows(rows, invariant), *shape, batch_invariant=invariant)
-            for shape in {(x.tp_q_head_num, x.qk_head_dim) for x in layers}
+        "decode_attention": ops.decode_workspace_bytes(
+            device, decode_rows(rows, invariant), *decode_shape(layers), batch_invariant=invariant
         ),
         "FlashInfer's plans": ragged_prefill.DEVICE_BYTES,
-        "slots of sliding windows": tables * requests * kvc.model_config.context_len * 4 + cells * 4 + drafts,
+        f"slots of sliding windows for {requests} requests": tables * requests * kvc.model_config.context_len * 4
+        + cells * 4
+        + drafts,
     }

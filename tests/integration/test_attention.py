@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from saw_int4 import env, ops
-from saw_int4.sglang_plugin import prefill, verify, workspaces
+from saw_int4.sglang_plugin import bf16_layers, prefill, verify, workspaces
 from saw_int4.sglang_plugin.backend import Int4AttentionBackend
 from saw_int4.sglang_plugin.plan import Span, arrange
 from saw_int4.sglang_plugin.pool import Int4KVPool, name_layers
@@ -25,10 +26,10 @@ SLOTS = 1024
 
 
 def make_backend(
-    monkeypatch, rotation: str, calibrated: bool, device: str = "cpu", groups: int = 1, layers=None
+    monkeypatch, rotation: str, calibrated: bool, device: str = "cpu", groups: int = 1, layers=None, in_bf16=""
 ) -> Int4AttentionBackend:
     """The backend over a fresh pool, without a server around it."""
-    monkeypatch.setenv(env.RESOLVED, env.Options(rotation, groups=groups).to_json())
+    monkeypatch.setenv(env.RESOLVED, env.Options(rotation, groups=groups, bf16_layers=in_bf16).to_json())
     monkeypatch.setattr(verify, "pool", lambda model_runner: None)
     pool = Int4KVPool(
         SLOTS,
@@ -278,7 +279,8 @@ def test_layers_it_would_compute_wrongly_are_refused(monkeypatch, changes):
     backend = make_backend(monkeypatch, "k", False)
     batch = make_batch(backend, [0], [4])
     backend.init_forward_metadata(batch)
-    with pytest.raises(NotImplementedError, match="Way out"):
+    backend._layers.clear()
+    with pytest.raises(NotImplementedError, match="Way out"):  # a layer that the model did not show
         backend.forward_extend(torch.zeros(4, H_Q * D), None, None, make_layer(**changes), batch)
     module = RadixAttention(H_Q, D, D**-0.5, H_KV, layer_id=0)
     vars(module).update(changes)
@@ -297,6 +299,33 @@ def test_layers_outside_of_the_modules_are_found():
     }
     assert workspaces.attention_layers(model) == list(model.attention_instances.values())
     assert verify.windows(model)
+
+
+@pytest.mark.parametrize("sinks", [None, "sinks", "attention_sink_bias"])
+def test_sinks_of_layers_in_bf16_are_refused(monkeypatch, sinks):
+    """At the start, where a module holds them beside its attention; those of layers in INT4 are welcome."""
+    attention = torch.nn.Module()
+    attention.attn = RadixAttention(H_Q, D, D**-0.5, H_KV, layer_id=0)
+    attention.register_parameter(sinks or "weight", torch.nn.Parameter(torch.zeros(H_Q)))
+    make_backend(monkeypatch, "k", False, layers=[attention])
+    monkeypatch.setattr(bf16_layers, "backend_for", lambda model_runner: None)
+    if sinks is None:
+        make_backend(monkeypatch, "k", False, layers=[attention], in_bf16="0")
+        return
+    with pytest.raises(NotImplementedError, match="attention layer 0 has sinks.* Way out: leave it out of SAW_INT4_BF"):
+        make_backend(monkeypatch, "k", False, layers=[attention], in_bf16="0")
+
+
+def test_scratch_is_made_once_for_the_widest_layer(monkeypatch):
+    """Whichever layer comes first: a graph keeps the address that it was captured with."""
+    made = []
+    backend = make_backend(monkeypatch, "k", False)
+    layers = [SimpleNamespace(tp_q_head_num=heads, qk_head_dim=dim) for heads, dim in ((4, 128), (8, 64))]
+    backend._workspace_shape = workspaces.decode_shape(layers)
+    monkeypatch.setattr(ops, "decode_workspace", lambda *args, **options: made.append(args) or torch.zeros(1))
+    for layer in layers:
+        backend._workspace(SimpleNamespace(is_cuda=True, device="cuda", shape=(3, *vars(layer).values())), 3)
+    assert made == [("cuda", workspaces.DECODE_ROWS, 8, 128)]
 
 
 def test_unknown_arguments_are_refused(monkeypatch):
@@ -328,6 +357,7 @@ def over_two_parts(backend: Int4AttentionBackend) -> None:
         token_to_kv_pool_class=Int4KVPool,
     )
     name_layers(backend.token_to_kv_pool)
+    backend._layers.clear()  # of the old pool
     mapping = torch.randperm(SLOTS // PAGE).repeat_interleave(PAGE) * PAGE + torch.arange(SLOTS) % PAGE
     backend.token_to_kv_pool.register_mapping(mapping.to(device))
     backend.window_slots = WindowSlots(backend.token_to_kv_pool, backend.req_to_token_pool.req_to_token, WINDOW)
@@ -399,3 +429,23 @@ def test_captured_graph_sees_the_next_window(monkeypatch, device):
         out = replay()
     backend.window_slots = WindowSlots(backend.token_to_kv_pool, backend.req_to_token_pool.req_to_token, WINDOW)
     assert torch.equal(out, attend(backend, layer, step, q[:4], *new))
+
+
+def test_slot_table_of_eager_passes_grows_by_doubling(monkeypatch):
+    """Not past the lines of captured graphs' batches while those suffice; the old table is gone before the new one."""
+    slots = WindowSlots(None, torch.zeros(13, 64, dtype=torch.int32), WINDOW)
+    slots.reserve(6, 1)
+    make, old = slots._buffers, None
+
+    def buffers(*room):
+        assert old is None or old() is None
+        return make(*room)
+
+    monkeypatch.setattr(slots, "_buffers", buffers)
+    grown = []
+    for requests, tokens in ((1, 50), (2, 50), (3, 70), (5, 60), (6, 80), (7, 7), (13, 13), (2, 90)):
+        table = slots._room(requests, tokens)[0]
+        grown.append(len(table))
+        old = weakref.ref(table)
+        del table
+    assert grown == [1, 2, 4, 6, 6, 12, 13, 13]

@@ -7,6 +7,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
+import test_attention
 import torch
 from sglang.srt import runtime_context
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -128,6 +129,35 @@ def test_drafts_and_windows(size):
     parts = [2 * wide * 2 * H_KV * D * 2, 8192 * 1000, PLANS, 64 * (wide + 1) * 4]
     assert size(window=wide) == tokens(sum(parts))
     assert size(invariant=True) == tokens(128 * MB + 2 * 64 * 1000 + PLANS)
+
+
+@pytest.mark.parametrize("two_parts", [False, True])
+def test_what_the_backend_holds(monkeypatch, two_parts):
+    """Its tensors against the figures: with the graphs' buffers, and a pass that is as large and fits none of them."""
+    requests, drafts = 4, 8  # as many requests as the backend's table has lines
+    module = RadixAttention(test_attention.H_Q, test_attention.D, 1.0, test_attention.H_KV, layer_id=0)
+    module.sliding_window_size = test_attention.WINDOW
+    backend = test_attention.make_backend(monkeypatch, "k", False, layers=[module])
+    if two_parts:
+        test_attention.over_two_parts(backend)
+    backend.init_cuda_graph_state(requests, requests * drafts)
+    held = backend._verify_buffers.lines.nbytes
+    if two_parts:
+        tables = [backend.window_slots._room(requests, tokens)[0] for tokens in (requests, requests * drafts + 1)]
+        assert tables[0] is not tables[1]
+        held += sum(table.nbytes for table in tables)
+
+    monkeypatch.setattr(ops, "decode_workspace_bytes", lambda *args, **options: 0)
+    monkeypatch.setattr(workspaces, "DRAFT_CELLS", 0)  # of what verifications hold for a moment
+    graphs = with_phase(CudaGraphConfig(), Phase.DECODE, max_bs=requests)
+    exec_, spec = Settings(graph=Settings(cuda_graph_config=graphs)), Settings(speculative_num_draft_tokens=drafts)
+    publish(monkeypatch, {"get_exec": exec_, "get_spec": spec})
+    context = backend.req_to_token_pool.req_to_token.shape[1]
+    kvc = dict(model=torch.nn.ModuleList([module]), model_config=Settings(context_len=context))
+    kvc |= dict(device="cuda", gpu_id=0, model_dtype=torch.float32, is_hybrid_swa=two_parts)
+    parts = workspaces.beside_the_pool(Settings(**kvc))
+    assert parts["gathered keys and values"] == backend._gathered.nbytes
+    assert parts[f"slots of sliding windows for {requests} requests"] == held > 0
 
 
 def test_operators_limit(size):

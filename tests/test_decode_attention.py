@@ -112,6 +112,9 @@ CASES = {
     "rows_32_four_heads": replace(
         BASE, head_dim=128, num_q_heads=16, num_kv_heads=4, q_lens=(8, 1, 5), seq_lens=(700, 4, 330)
     ),
+    "rows_32_four_heads_of_64": replace(
+        BASE, num_q_heads=16, num_kv_heads=4, q_lens=(8, 1, 5), seq_lens=(700, 4, 330)
+    ),
     "rows_32_one_head": replace(BASE, num_q_heads=4, num_kv_heads=1, q_lens=(8, 1, 5), seq_lens=(1300, 4, 600)),
     "rows_32_sharp": replace(
         BASE, head_dim=128, num_q_heads=8, q_lens=(8, 1, 5), seq_lens=(300, 4, 200), kv_scale=30.0, calibrated=True
@@ -133,6 +136,17 @@ CASES["two_groups_everything"] = replace(CASES["everything"], groups=2)
 @pytest.mark.parametrize("name", CASES)
 def test_matches_float64(engine, name):
     check_case(engine, CASES[name])
+
+
+@pytest.mark.parametrize("q_lens", [(1, 1, 1), (9, 2, 1)], ids=["narrow", "wide"])
+def test_huge_and_tiny_queries(engine, q_lens):
+    """Logits of 1e36, where one token has all the weight, and of 1e-38, where all have the same."""
+    case = replace(BASE, head_dim=128, rotation_order=1, q_lens=q_lens, seq_lens=(33, 2, 70), num_q_heads=8)
+    inputs = make_decode(case)
+    inputs.q.zero_()
+    inputs.q[:, :, 3] = torch.tensor([2.0**122, -(2.0**122), 1e36, -1e30, 1e-38, 2.0**-100, 2.0**-133, 0.0])
+    expected, expected_lse = reference.decode_attention(*inputs.positional(), **inputs.options)
+    compare(*run(engine, inputs), inputs, (expected, expected_lse, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -299,7 +313,7 @@ def test_random_shapes(engine, data):
     lens = data.draw(st.tuples(*[st.integers(1, most)] * requests))
     q_lens = tuple(data.draw(st.integers(1, min(n, 9))) for n in lens)
     head_dim = data.draw(st.sampled_from(HEAD_DIMS))
-    kv_heads = data.draw(st.integers(1, 3))
+    kv_heads = data.draw(st.sampled_from([1, 2, 3, 4, 8]))
     order = data.draw(st.sampled_from([1, 2, 8, 16]))
     case = DecodeCase(
         head_dim=head_dim,

@@ -5,14 +5,14 @@
 // the same words of codes. A rotation over a whole row of 128 or 256 starts with neighbouring words in a lane, so that
 // every stage lies in a lane, and changes over halfway through shared memory; others shuffle.
 //
-// The grid walks over the tokens in fronts, K and V in turn, so that what is read at a time lies together (DRAM), the
-// next row is on its way to shared memory meanwhile, and a lane keeps its head, whose calibration waits in shared
-// memory. Parameters are fitted last, one row per lane: divisions and 64-bit sums then cost one row's worth per group
-// of lanes.
+// The grid walks over the tokens in fronts, K and V in turn where there is work for more than one, so that what is read
+// at a time lies together (DRAM), the next row is on its way to shared memory meanwhile, and a lane keeps its head,
+// whose calibration waits in shared memory. Parameters are fitted last, one row per lane: divisions and 64-bit sums
+// then cost one row's worth per group of lanes.
 //
 // Bound: HBM. A head_dim 256 row of K and V moves 2 * (512 + 132) bytes, 95 cycles of an H100 SM's share = 380 issue
 // slots; README.md counts what the warp spends on four of them.
-// Assumes: k, v 16-byte aligned with token strides of whole 16 bytes; equal slots race, any one wins.
+// Assumes: k, v 16-byte aligned with token strides of whole 16 bytes; of equal slots words may mix.
 #pragma once
 
 #include "common/rows.cuh"

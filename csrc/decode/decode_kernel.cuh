@@ -2,8 +2,8 @@
 //
 // Tokens are the M side of both products: S^T = K q'^T and O^T = V^T P^T, so that 8 query rows (one decode step of a
 // GQA group) fill an MMA, and 4 query tokens cost the KV traffic of one. Up to 16 rows of a KV head make a narrow pass
-// (narrow.cuh), more, of head_dim 64 and 128, a wide one of 32 (wide.cuh); other head_dims make several narrow ones, of
-// 16 rows (256) or 8. Both share the pipeline, the walk along the work, and the merge.
+// (narrow.cuh), more, of head_dim 64 and 128, a wide one of 32 (wide.cuh); others make several narrow ones, of 16 rows
+// (256, and 64 with two groups) or 8. Both share the pipeline, the walk along the work, and the merge.
 //
 // Assumes: q, out 16-byte aligned rows of fp16 or bf16; cache base 16-byte aligned; workspace counters zero.
 #pragma once
@@ -138,8 +138,9 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
     dev::block_sync();
     const int before = stage == 0 ? stages - 1 : stage - 1;  // the stage that everybody has left
     const int ahead = i + stages - 1;
-    // Wide passes request the next stage while they multiply: warps that request all at once stand in their copies,
-    // since the memory pipeline takes no more. In narrow ones the other block of the SM computes meanwhile.
+    // Wide passes request the next stage while they multiply, where chunks have 16 bytes: warps that request all at
+    // once stand in their copies, since the memory pipeline takes no more. In narrow ones of head_dim 64 and 128, where
+    // another block of the SM computes meanwhile, that was slower.
     const bool spread = is_wide(NT) && plan.chunk_bytes == 16;
     const uint32_t slots_before = slots + before * stage_tokens * 4, stage_before = base + before * plan.stage_bytes;
     if (!spread) {

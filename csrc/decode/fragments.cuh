@@ -3,8 +3,8 @@
 // format.h puts channels 2i and 2i+1 of a word at bits 4i of its two halves, so one mask isolates a pair. One shift
 // brings pairs 2 and 3 down to where 0 and 1 are. No integer is ever converted.
 //   code_pairs: the isolated nibbles are fp16 numbers already, subnormal ones, which tensor cores take as they are:
-//   code * 2^-24 where the nibble lies at bit 0, 16 times that at bit 4. A shift and 4 LOP3. The caller multiplies by
-//   kCodesPerUnit, and divides its factors of odd pairs by 16.
+//   code * 2^-24 where the nibble lies at bit 0, 16 times that at bit 4. A shift and 4 LOP3. The caller multiplies the
+//   sums by kCodesPerUnit, and divides its factors of odd pairs by 16.
 //   centred_codes: code - 8, exactly, so that sums over many tokens grow by what the values differ, not by a mean that
 //   the truncating accumulators of the tensor cores would drag down. OR-ing 0x6400 = 1024.0 below the mantissa makes
 //   1024 + code or 1024 + 16 * code, and an HFMA2 the rest: 4 more instructions.

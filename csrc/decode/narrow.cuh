@@ -191,7 +191,7 @@ SAW_INT4_DEVICE void attend(NarrowState<D, NT, kGroups>& s, const NarrowQuery<D,
       float scale[kGroups], offset[kGroups];
       SAW_INT4_UNROLL
       for (int group = 0; group < kGroups; ++group) {
-        scale[group] = param_scale(k_params[group]);
+        scale[group] = kCodesPerUnit * param_scale(k_params[group]);
         offset[group] = param_offset(k_params[group]);
       }
       SAW_INT4_UNROLL

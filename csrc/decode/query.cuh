@@ -9,7 +9,8 @@
 // Scores (in units of log2): a key with codes x, scale a and offset o gives
 //     k * (a * q'.x + o * sum(q')) + c0
 // (for each group of channels, summed before c0 is added) with k = sm_scale * log2(e) * (power of two), c0 = log2(e) *
-// sm_scale * q.mu, and of the rounded q' in both places. The tensor cores deliver q'.x * 2^-24 (fragments.cuh).
+// sm_scale * q.mu, and of the rounded q' in both places. The tensor cores deliver q'.x * 2^-24, and the key's scale
+// takes that back (fragments.cuh): k has no room for it beside the largest q.
 #pragma once
 
 #include "common/rows.cuh"
@@ -155,7 +156,7 @@ SAW_INT4_DEVICE TransformedQuery<D, kGroups> transform_row(const DecodeParams& p
   for (int mask = 1; mask < kLanes; mask *= 2) largest = dev::fmax(largest, dev::shfl_xor(largest, mask));
   // 2 ** exponent > largest; the power of two that brings it to 2 ** kQueryBits, and its inverse, are normal numbers.
   uint32_t exponent = (dev::float_bits(largest) >> 23) + 1;
-  exponent = exponent > 253 ? 253 : exponent <= kQueryBits ? kQueryBits + 1 : exponent;
+  exponent = exponent <= kQueryBits ? kQueryBits + 1 : exponent;
   const float shrink = dev::bits_float((254 + kQueryBits - exponent) << 23);
   const float grow = dev::bits_float((exponent - kQueryBits) << 23);
   float qsum[kGroups] = {};
@@ -197,12 +198,10 @@ template <int D, int NT, int kGroups>
 SAW_INT4_DEVICE void store_terms(uint32_t query, int row, const TransformedQuery<D, kGroups>& q) {
   using Layout = QueryLayout<D, NT, kGroups>;
   const uint32_t terms = query + Layout::terms_at(row);
-  constexpr float kUnit = 1.f / kCodesPerUnit;
   if constexpr (Layout::kWide)
-    dev::st_shared(terms,
-                   float4{kCodesPerUnit * q.k, kUnit * q.c0_per_k, kUnit * q.qsum[0], kUnit * q.qsum[kGroups - 1]});
+    dev::st_shared(terms, float4{q.k, q.c0_per_k, q.qsum[0], q.qsum[kGroups - 1]});
   else
-    dev::st_shared(terms, float4{kCodesPerUnit * q.k, q.c0, q.k * q.qsum[0], q.k * q.qsum[kGroups - 1]});
+    dev::st_shared(terms, float4{q.k, q.c0, q.k * q.qsum[0], q.k * q.qsum[kGroups - 1]});
 }
 
 // Transforms one turn's rows to fragments and terms in shared memory; rows not in use become zeros.

@@ -55,14 +55,15 @@ SAW_INT4_DEVICE uint32_t weights_at(int eight_tokens) {
   return eight_tokens * (NT * 128);
 }
 
-// Scores of the warp's tokens, of its first row on, up to the row's factor k, in units of 2^-24: w[mt][group].
+// Scores of the warp's tokens, of its first row on, up to the row's factor k and the key's scale, in units of 2^-24:
+// w[mt][group].
 template <int MT, int D, int NT, int kGroups, typename Copy>
 SAW_INT4_DEVICE void multiply_keys(float (&w)[MT][kGroups][NT][4], uint32_t query, uint32_t k_row, int stride,
                                    const Copy& copy) {
   using Layout = QueryLayout<D, NT, kGroups>;
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
   constexpr int kWordsOfToken = D / 32, kSteps = MT * kWordsOfToken;
-  // Most plans need no more turns than that; one more, and sm_100 has no register for it.
+  // No plan needs more than 5 turns. Elsewhere than on sm_90 a register is missing, and the fifth follows the loop.
   constexpr int kMostTurns = dev::kMeasuredArch ? 5 : 4, kCopyTurns = kSteps < kMostTurns ? kSteps : kMostTurns;
   const uint32_t first = k_row + g * stride + 4 * c;
   uint32_t words[2][2];  // of a step and of the next: tokens g and g + 8
@@ -286,7 +287,7 @@ SAW_INT4_DEVICE void attend_together(WideState<D, NT, kGroups>& s, const WideWar
       load_params(k_rows + params_at(mt, half), params);
       SAW_INT4_UNROLL
       for (int group = 0; group < kGroups; ++group) {
-        k_scale[mt][group][half] = param_scale(params[group]);
+        k_scale[mt][group][half] = kCodesPerUnit * param_scale(params[group]);
         k_offset[mt][group][half] = param_offset(params[group]);
       }
     }

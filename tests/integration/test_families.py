@@ -6,7 +6,8 @@ What INT4 may differ from BF16 is computed, not chosen: what the same rows do to
 by the reference's arithmetic, and what BF16 itself loses there.
 
 Each is also compared with transformers without the trait that the family is here for: the served answers must lie far
-closer to the model than to its crippled twin.
+closer to the model than to its crippled twin. Families without such a trait show that the bound can be broken: rows of
+the token before break it.
 """
 
 from __future__ import annotations
@@ -70,15 +71,18 @@ def gap(a: list[float], b: list[float]) -> float:
 
 
 @contextmanager
-def quantized(model, options: env.Options):
-    """While active, the model attends to keys and values as rows of INT4 hold them, by the reference's arithmetic."""
+def quantized(model, options: env.Options, slots_off: int = 0):
+    """While active, the model attends to keys and values as rows of INT4 hold them, by the reference's arithmetic.
+
+    ``slots_off``: to those of the token that lies so many slots before.
+    """
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_format, calibration = options.kv_format(head_dim), options.load_calibration()
     order = kv_format.rotation_order
 
     def through_rows(x):
-        return reference.dequantize_rows(reference.quantize_rows(x, kv_format.groups))
+        return reference.dequantize_rows(reference.quantize_rows(x.roll(slots_off, 0), kv_format.groups))
 
     def attention(module, query, key, value, *args, **kwargs):
         k, v = (x[0].transpose(0, 1) for x in (key, value))
@@ -164,6 +168,12 @@ def test_family(model, tmp_path, logs, make, cripple, pools, page, chunk):
         distances = as_far_as_expected(got[part], bf16[part], exact[part], rows[part])
         print(f"{make.__name__}, {name}: {distances}")
 
+    if not cripple:
+        prompt = slice(len(PROMPT) - 1)
+        with quantized(twin, as_served, slots_off=1):
+            astray = logprobs(twin, ids)
+        with pytest.raises(AssertionError, match="from BF16; rows"):
+            print(as_far_as_expected(astray[prompt], *(x[prompt] for x in (bf16, exact, rows))))
     distance = gap(got, exact)
     for change in cripple:
         twin = load(checkpoint)

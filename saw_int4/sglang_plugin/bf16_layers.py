@@ -10,7 +10,8 @@ from saw_int4.sglang_plugin.pool import pools_of
 
 
 def backend_for(model_runner) -> AttentionBackend:
-    """SGLang's own attention over the numbers of such layers, which is told of every pass."""
+    """SGLang's own attention over the numbers of such layers, which is told of every pass; where none is, one that does
+    nothing."""
     pool = model_runner.token_to_kv_pool
     if not any(any(part.quant_method.in_bf16) for part in pools_of(pool)):
         return _NoLayers()

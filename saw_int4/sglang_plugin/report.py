@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
 from saw_int4 import env
-from saw_int4.sglang_plugin import register
+from saw_int4.sglang_plugin import register, verify
 from saw_int4.sglang_plugin.names import KV_CACHE_DTYPE
 from saw_int4.sglang_plugin.pool import pools_of
 
 logger = logging.getLogger(__name__)
 
-_SHARES = "_saw_int4_bytes_per_token"  # where a scheduler keeps every rank's
+_ON_ALL_RANKS = "_saw_int4_bytes_per_token"  # where a scheduler keeps the sum of every rank's
 
 
 def describe(model_runner) -> dict:
@@ -41,10 +39,8 @@ def start(scheduler, model_runner) -> None:
     from sglang.srt.distributed.parallel_state import get_world_group
 
     info = describe(model_runner)
-    group = get_world_group().cpu_group
-    shares = [0] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(shares, info["bytes_per_token"], group=group)
-    setattr(scheduler, _SHARES, shares)
+    shares = verify.from_every_rank(info["bytes_per_token"], get_world_group().cpu_group)
+    setattr(scheduler, _ON_ALL_RANKS, sum(shares))
     logger.info(
         "saw_int4: serving [%s], layers in BF16 %s, %d tokens, %d bytes per token, seams %s",
         info["format"],
@@ -64,8 +60,8 @@ def internal_state(original, self, recv_req):
     """
     result = original(self, recv_req)
     if self.server_args.kv_cache_dtype == KV_CACHE_DTYPE:
-        shares = {"bytes_per_token_on_all_ranks": sum(getattr(self, _SHARES))}
-        result.internal_state["kv_cache_format"] = describe(self.tp_worker.model_runner) | shares
+        total = {"bytes_per_token_on_all_ranks": getattr(self, _ON_ALL_RANKS)}
+        result.internal_state["kv_cache_format"] = describe(self.tp_worker.model_runner) | total
     return result
 
 

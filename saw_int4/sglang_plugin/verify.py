@@ -153,9 +153,15 @@ def pool(model_runner) -> None:
                     )
 
 
+def from_every_rank(value, group) -> list:
+    """The ``value`` of each rank of the process group, in their order. Every rank must call it."""
+    values = [None] * group.size()
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
 def across_ranks(fingerprints: list[str], group) -> None:
     """SystemExit unless every rank of the process group holds the same formats."""
-    everyone = [None] * group.size()
-    torch.distributed.all_gather_object(everyone, sorted(set(fingerprints)), group=group)
+    everyone = from_every_rank(sorted(set(fingerprints)), group)
     if any(other != everyone[0] for other in everyone):
         fail(f"the ranks hold different formats: {everyone}. Give every node the same SAW_INT4_* variables.")

@@ -19,6 +19,11 @@ namespace saw_int4 {
 template <int D, int NT, int kGroups>
 using DecodeState = std::conditional_t<is_wide(NT), WideState<D, NT, kGroups>, NarrowState<D, NT, kGroups>>;
 
+// Whether what is seldom needed waits in shared memory: in wide passes, and in those of two groups where the compiler
+// would spill it.
+template <int NT, int kGroups>
+inline constexpr bool kFewRegisters = is_wide(NT) || (kGroups > 1 && !dev::kMeasuredArch);
+
 // So that the compiler, too, knows that it is the same in all lanes.
 SAW_INT4_DEVICE int uniform_warp_id() {
   return dev::shfl_idx(dev::warp_id(), 0);
@@ -92,13 +97,17 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
   }
   const int unmasked_end = p.tree_mask == nullptr ? first_position + 1 : first_new;
   const int unmasked_begin = p.window >= 0 && last_position > p.window ? last_position - static_cast<int>(p.window) : 0;
-  // Wide passes have no registers to keep that in.
   const uint32_t unmasked_at = scratch + Cursor<NT>::kFreeAt, source_at = scratch + Cursor<NT>::kAlsoFreeAt;
-  if (is_wide(NT) && thread == 0) {
-    dev::st_shared(unmasked_at, int2{unmasked_begin, unmasked_end});
-    dev::st_shared<int32_t>(unmasked_at + 12, first_token(0));
+  if (kFewRegisters<NT, kGroups> && thread == 0) {
+    if (is_wide(NT)) {
+      dev::st_shared(unmasked_at, int2{unmasked_begin, unmasked_end});
+      dev::st_shared<int32_t>(unmasked_at + 12, first_token(0));
+    }
     source.keep(source_at);
   }
+  const auto kept_source = [&] {
+    return kFewRegisters<NT, kGroups> ? TileSource::kept(source_at, token_bytes) : source;
+  };
 
   SAW_INT4_UNROLL
   for (int i = 0; i < kMaxStages; ++i)
@@ -144,16 +153,13 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
     const bool spread = is_wide(NT) && plan.chunk_bytes == 16;
     const uint32_t slots_before = slots + before * stage_tokens * 4, stage_before = base + before * plan.stage_bytes;
     if (!spread) {
-      if (ahead < used_stages)
-        copy_stage(p, plan, is_wide(NT) ? TileSource::kept(source_at, token_bytes) : source, tokens_in(ahead),
-                   slots_before, stage_before);
+      if (ahead < used_stages) copy_stage(p, plan, kept_source(), tokens_in(ahead), slots_before, stage_before);
       dev::cp_async_commit();
     }
     const int first = is_wide(NT) ? dev::ld_shared<int32_t>(unmasked_at + 12) + i * stage_tokens : first_token(i);
     if (is_wide(NT) ? next_slot != kNoSlot : has_slot) {
       dev::st_shared<int32_t>(slots + (stage * stage_tokens + thread) * 4, checked_slot(next_slot, p.num_slots));
-      next_slot = fetch_slot(is_wide(NT) ? TileSource::kept(source_at, token_bytes) : source,
-                             first + (stages + 1) * stage_tokens + thread);
+      next_slot = fetch_slot(kept_source(), first + (stages + 1) * stage_tokens + thread);
     }
     const bool half = kTiles > 1 && i == half_stage;
     constexpr int kTokens = tokens_per_warp(NT, kGroups), kMT = token_tiles(D, NT, kGroups);
@@ -167,7 +173,7 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
       const int before_us = ((warp & (plan.ways - 1)) - four.way) * kTokens, skip = before_us * plan.token_stride;
       const int token = first + before_us + four.way * kTokens;
       const bool masked = token + kTokens > unmasked.y || token < unmasked.x;
-      const TileSource from = TileSource::kept(source_at, token_bytes);
+      const TileSource from = kept_source();
       const StageCopy<16> copy(p, plan, from, warp * 32 + dev::lane_id(),
                                spread && ahead < used_stages ? stage_tokens : 0, slots_before, stage_before);
       attend_together<kMT>(s, four, k_rows + skip, v_rows + skip, plan.token_stride, token, masked, masks, p.logit_cap,
@@ -309,11 +315,11 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * max_warps(NT, kGroups, dev::kLargeSh
     run_tiles<D, NT, kGroups>(state, p, plan, piece, [&] {
       const Share share = cursor.share(plan, piece);
       cursor.keep_share(share);
-      if (is_wide(NT)) cursor.keep_rows(piece);
+      if (kFewRegisters<NT, kGroups>) cursor.keep_rows(piece);
       if (share.pieces > 1) dev::prefetch_l2(run_counter(p, piece));
     });
     const Share share = cursor.kept_share();
-    if (is_wide(NT)) cursor.recall_rows(piece);
+    if (kFewRegisters<NT, kGroups>) cursor.recall_rows(piece);
     write_piece<D, NT, kGroups>(state, p, plan, piece, share);
     if (share.pieces > 1 && arrives_last(run_counter(p, piece), share.pieces, scratch + cursor.kFreeAt))
       merge_run<D>(p, plan, piece, share);

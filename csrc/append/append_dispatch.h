@@ -33,7 +33,7 @@ inline void append(const AppendParams& p, const DeviceLimits& limits, Stream str
   if (p.num_tokens == 0) return;
   check_row_alignment(p.k, p.k_token_stride, p.dtype, op, "k");
   check_row_alignment(p.v, p.v_token_stride, p.dtype, op, "v");
-  row_blocks(p.num_tokens, p.num_kv_heads, 1, op);
+  check_row_count(p.num_tokens, p.num_kv_heads, op);
   dispatch_head_dim(p.head_dim, op, [&](auto head_dim) {
     dispatch_dtype(p.dtype, [&](auto dtype) {
       using Shared = AppendShared<head_dim(), dtype()>;

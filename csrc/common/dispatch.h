@@ -69,13 +69,17 @@ inline void check_row_alignment(const void* base, int64_t token_stride, DType dt
         " elements) that is no multiple of 16 bytes, as the CUDA kernel needs; call .contiguous()");
 }
 
-// Blocks of `per_block` rows for T tokens of H heads.
-inline int row_blocks(int64_t tokens, int heads, int per_block, const char* op) {
-  const int64_t rows = tokens * heads;
-  if (rows > INT32_MAX)
+// Kernels count the rows of T tokens of H heads in 32 bits.
+inline void check_row_count(int64_t tokens, int heads, const char* op) {
+  if (tokens * heads > INT32_MAX)
     throw std::runtime_error(std::string(op) + ": " + std::to_string(tokens) + " tokens of " + std::to_string(heads) +
                              " heads are more than 2^31 - 1 rows; call it with fewer tokens at a time");
-  return static_cast<int>((rows + per_block - 1) / per_block);
+}
+
+// Blocks of `per_block` rows for them.
+inline int row_blocks(int64_t tokens, int heads, int per_block, const char* op) {
+  check_row_count(tokens, heads, op);
+  return static_cast<int>((tokens * heads + per_block - 1) / per_block);
 }
 
 }  // namespace saw_int4

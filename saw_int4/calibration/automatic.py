@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,8 +35,13 @@ def artifact_for(model: str, rotation_order: int, groups: int, device: str) -> P
         command += ["--rotation-order", str(rotation_order), "--groups", str(groups), "--device", device]
         run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if run.returncode:
-            reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
-            raise ValueError(f"{model} could not be calibrated: {reason}")
+            raise ValueError(f"{model} could not be calibrated: {reason(run.stderr) or f'exit code {run.returncode}'}")
     for line in describe(artifact.load(path)).splitlines():
         logger.info("saw_int4: %s", line)
     return path
+
+
+def reason(stderr: str) -> str:
+    """The line that says why a process ended: its last exception's, behind which CUDA errors have advice."""
+    lines = stderr.strip().splitlines() or [""]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception): ", line)), lines[-1])

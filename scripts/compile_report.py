@@ -80,6 +80,12 @@ def row_tiles(head_dim: int, groups: int) -> tuple[int, ...]:
     return tuple(tiles for tiles in (1, 2, 4) if tiles <= most)
 
 
+def append_lanes(head_dim: int) -> tuple[int, ...]:
+    """Lanes of a row that append is compiled for: kAppendLanes, kManyAppendLanes of csrc/append/append_kernel.cuh."""
+    lanes = 4 if head_dim % 32 == 0 else 2
+    return (lanes, 1) if head_dim == 64 else (lanes,)
+
+
 DECODE = tuple((d, tiles, groups) for d in HEAD_DIMS for groups in (1, 2) for tiles in row_tiles(d, groups))
 
 
@@ -96,8 +102,11 @@ OPERATORS = {
     # format.
     "append": Operator(
         "AppendParams, AppendPlan",
-        **typed(tuple((d, t, groups, calibrated) for d, t, groups in (
-            (256, "kBFloat16", 1), (128, "kFloat32", 1), (128, "kBFloat16", 2)) for calibrated in ("false", "true"))),
+        usual=tuple((d, lanes, t, groups, calibrated) for d, lanes, t, groups in (
+            (256, 4, "kBFloat16", 1), (128, 4, "kFloat32", 1), (128, 4, "kBFloat16", 2), (64, 1, "kBFloat16", 1),
+            (64, 1, "kBFloat16", 2)) for calibrated in ("false", "true")),
+        all=tuple((d, lanes, t, groups, calibrated) for d in HEAD_DIMS for lanes in append_lanes(d) for t in DTYPES
+                  for groups in (1, 2) for calibrated in ("false", "true")),
         needs=(r"LDGSTS\S*\.128", "IDP"), narrow=r"LDG(STS)?\.(?!\S*\.128)", narrow_allowed=2,
     ),
     "gather": Operator(
@@ -130,7 +139,7 @@ int main() {
 """
 SHAPE_OF = {
     "decode": "plan({0}, {1}, {2}, {per_sm}, {per_block});",
-    "append": "append({0} / kAppendLanes<{0}>, AppendShared<{0}, DType::{1}>::kInputBytes, {3});",
+    "append": "append({0} / {1}, AppendShared<{0}, {1}, DType::{2}>::kInputBytes, {4});",
     "gather": "row(kGatherThreads / 32, 0, 2 * {0} / kGatherLanes<{0}>);",
     "transform": "row(kTransformThreads / 32, 0, {0} / kTransformLanes<{0}>);",
 }

@@ -68,6 +68,19 @@ def test_many_tokens(engine, heads):
     check(engine, k, v, slots, 1000, rotation_order=128, **k_options(heads, 128))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "order"), [(8, 64), (8, 16), (5, 1), (1, 64)])
+def test_many_rows_of_head_dim_64(engine, heads, order, dtype):
+    """A GPU gives each a lane from 384 rows of K and V per SM on: the emulator's 4 SMs always, 132 with 8 heads."""
+    tokens = 3200 if heads == 8 and engine.name == "cuda" else 2400 // heads
+    k, v = (adversarial_rows(tokens, heads, 64, dtype, seed) for seed in range(2))
+    slots = torch.randperm(tokens + 9, generator=torch.Generator().manual_seed(0))[:tokens]
+    slots[::7] = -1
+    for groups in (1, 2):
+        check(engine, k, v, slots, tokens + 9, groups, rotation_order=order, rotate_v=True, **k_options(heads, 64))
+        check(engine, k, v, slots, tokens + 9, groups, rotation_order=order)
+
+
 def test_rounding_ties_and_ends_of_the_range(engine):
     """Values half-way between codes, and parameters at the ends of fp16: subnormal scale, largest offset."""
     head_dim = 64

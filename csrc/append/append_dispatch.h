@@ -28,6 +28,25 @@ inline AppendPlan append_plan(int64_t tokens, int num_heads, int rows, int most_
   return plan;
 }
 
+template <int D, int kLanes, DType kType>
+void append_with(const AppendParams& p, const DeviceLimits& limits, Stream stream) {
+  using Shared = AppendShared<D, kLanes, kType>;
+  const bool calibrated = p.transform.k_mean != nullptr;
+  const int most_heads = calibrated ? kCalibrationBytes / Shared::kHeadBytes : kAppendRows<kLanes>;
+  // More blocks than run at a time even out the end, but each loads the calibration of its heads.
+  const int most_blocks = limits.sm_count * (calibrated ? kAppendBlocks<D, kLanes, kType, true>
+                                                        : 4 * kAppendBlocks<D, kLanes, kType, false>);
+  const AppendPlan plan = append_plan(p.num_tokens, p.num_kv_heads, kAppendRows<kLanes>, most_heads, most_blocks);
+  const int shared_bytes = Shared::kInputBytes + (calibrated ? plan.heads * Shared::kHeadBytes : 0);
+  dispatch_groups(p.groups, "append_kv", [&](auto groups) {
+    const auto run = [&](auto is_calibrated) {
+      launch("saw_int4_append_kernel", saw_int4_append_kernel<D, kLanes, kType, groups(), is_calibrated()>, plan.blocks,
+             kAppendThreads, shared_bytes, stream, p, plan);
+    };
+    calibrated ? run(std::true_type()) : run(std::false_type());
+  });
+}
+
 inline void append(const AppendParams& p, const DeviceLimits& limits, Stream stream) {
   const char* op = "append_kv";
   if (p.num_tokens == 0) return;
@@ -36,22 +55,11 @@ inline void append(const AppendParams& p, const DeviceLimits& limits, Stream str
   check_row_count(p.num_tokens, p.num_kv_heads, op);
   dispatch_head_dim(p.head_dim, op, [&](auto head_dim) {
     dispatch_dtype(p.dtype, [&](auto dtype) {
-      using Shared = AppendShared<head_dim(), dtype()>;
-      const bool calibrated = p.transform.k_mean != nullptr;
-      const int most_heads = calibrated ? kCalibrationBytes / Shared::kHeadBytes : kAppendRows<head_dim()>;
-      // More blocks than run at a time even out the end, but each loads the calibration of its heads.
-      const int most_blocks = limits.sm_count * (calibrated ? kAppendBlocks<head_dim(), dtype(), true>
-                                                            : 4 * kAppendBlocks<head_dim(), dtype(), false>);
-      const AppendPlan plan =
-          append_plan(p.num_tokens, p.num_kv_heads, kAppendRows<head_dim()>, most_heads, most_blocks);
-      const int shared_bytes = Shared::kInputBytes + (calibrated ? plan.heads * Shared::kHeadBytes : 0);
-      dispatch_groups(p.groups, op, [&](auto groups) {
-        const auto run = [&](auto is_calibrated) {
-          launch("saw_int4_append_kernel", saw_int4_append_kernel<head_dim(), dtype(), groups(), is_calibrated()>,
-                 plan.blocks, kAppendThreads, shared_bytes, stream, p, plan);
-        };
-        calibrated ? run(std::true_type()) : run(std::false_type());
-      });
+      constexpr int kFew = kAppendLanes<head_dim()>, kMany = kManyAppendLanes<head_dim()>;
+      // A lane with more of a row takes longer for it: that pays where there are six blocks' rows of K and V per SM.
+      const bool many = 2 * p.num_tokens * p.num_kv_heads >= int64_t{6} * kAppendRows<kMany> * limits.sm_count;
+      many ? append_with<head_dim(), kMany, dtype()>(p, limits, stream)
+           : append_with<head_dim(), kFew, dtype()>(p, limits, stream);
     });
   });
 }

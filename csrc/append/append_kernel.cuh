@@ -2,8 +2,9 @@
 // fitted scale and offset, byte for byte as format.h states and csrc/cpu computes it (nothing is contracted).
 //
 // 4 lanes per row of one (token, head), 2 where 4 do not divide it: lane i takes words i, i + 4, ... of it, and stores
-// the same words of codes. A rotation over a whole row of 128 or 256 starts with neighbouring words in a lane, so that
-// every stage lies in a lane, and changes over halfway through shared memory; others shuffle.
+// the same words of codes. Many rows of head_dim 64 have a lane each. A rotation over a whole row of 128 or 256 starts
+// with neighbouring words in a lane, so that every stage lies in a lane, and changes over halfway through shared
+// memory; others shuffle.
 //
 // The grid walks over the tokens in fronts, K and V in turn where there is work for more than one, so that what is read
 // at a time lies together (DRAM), the next row is on its way to shared memory meanwhile, and a lane keeps its head,
@@ -34,9 +35,9 @@ struct AppendPlan {
 template <int D>
 inline constexpr int kAppendLanes = row_lanes(D, 4);  // of a row
 template <int D>
-inline constexpr int kAppendRows = kAppendThreads / kAppendLanes<D>;  // (token, head) pairs per block and round
-template <int D>
-using AppendRow = SpreadRow<D, kAppendLanes<D>>;
+inline constexpr int kManyAppendLanes = D == 64 ? 1 : kAppendLanes<D>;  // of one of many rows
+template <int kLanes>
+inline constexpr int kAppendRows = kAppendThreads / kLanes;  // (token, head) pairs per block and round
 
 // Adding 1.5 * 2^23 rounds a small float to an integer, half to even, and leaves it in the low bits.
 inline constexpr float kRounder = 12582912.f;
@@ -127,8 +128,8 @@ struct FineWord {
   SAW_INT4_DEVICE uint32_t parts(int h) const { return dev::prmt(pair[2 * h], pair[2 * h + 1], 0x6420); }
   SAW_INT4_DEVICE uint32_t steps(int h) const { return dev::prmt(pair[2 * h], pair[2 * h + 1], 0x7531); }
 };
-template <int D>
-using FineRow = FineWord[AppendRow<D>::kWords];
+template <int D, int kLanes>
+using FineRow = FineWord[SpreadRow<D, kLanes>::kWords];
 
 // What the shifts of the grid cost a group: sums of squared rounding errors, by number of the shift.
 struct ShiftErrors {
@@ -166,8 +167,8 @@ struct Range {
   float low, high;
 };
 
-template <int D, int kGroups>
-SAW_INT4_DEVICE Range range_of_group(const typename AppendRow<D>::Values& t, int group) {
+template <int D, int kLanes, int kGroups>
+SAW_INT4_DEVICE Range range_of_group(const typename SpreadRow<D, kLanes>::Values& t, int group) {
   constexpr int kChannels = 8 / kGroups;  // of the group in a word
   const int first = group * kChannels;
   // Bits order like floats where the sign is right: as signed integers the largest, if it is positive, as unsigned ones
@@ -175,7 +176,7 @@ SAW_INT4_DEVICE Range range_of_group(const typename AppendRow<D>::Values& t, int
   int32_t top = INT32_MIN;
   uint32_t bottom = 0;
   SAW_INT4_UNROLL
-  for (int k = 0; k < AppendRow<D>::kWords; ++k) {
+  for (int k = 0; k < SpreadRow<D, kLanes>::kWords; ++k) {
     SAW_INT4_UNROLL
     for (int i = first; i < first + kChannels; i += 2) {
       const uint32_t a = dev::float_bits(t[k][i]), b = dev::float_bits(t[k][i + 1]);
@@ -184,7 +185,7 @@ SAW_INT4_DEVICE Range range_of_group(const typename AppendRow<D>::Values& t, int
     }
   }
   SAW_INT4_UNROLL
-  for (int mask = 1; mask < kAppendLanes<D>; mask *= 2) {
+  for (int mask = 1; mask < kLanes; mask *= 2) {
     top = dev::max3(top, top, dev::shfl_xor(top, mask));
     bottom = dev::max3(bottom, bottom, dev::shfl_xor(bottom, mask));
   }
@@ -193,31 +194,32 @@ SAW_INT4_DEVICE Range range_of_group(const typename AppendRow<D>::Values& t, int
   // A group of one sign.
   range = {INFINITY, -INFINITY};
   SAW_INT4_UNROLL
-  for (int k = 0; k < AppendRow<D>::kWords; ++k) {
+  for (int k = 0; k < SpreadRow<D, kLanes>::kWords; ++k) {
     SAW_INT4_UNROLL
     for (int i = first; i < first + kChannels; ++i)
       range = {dev::fmin_nan(range.low, t[k][i]), dev::fmax_nan(range.high, t[k][i])};
   }
   SAW_INT4_UNROLL
-  for (int mask = 1; mask < kAppendLanes<D>; mask *= 2) {
+  for (int mask = 1; mask < kLanes; mask *= 2) {
     range.low = dev::fmin_nan(range.low, dev::shfl_xor(range.low, mask));
     range.high = dev::fmax_nan(range.high, dev::shfl_xor(range.high, mask));
   }
   return range;
 }
 
-// Stores the lane's words of one row as codes, and returns what the parameters follow from, the same in all its lanes.
-// The row's values are t * scale, scale a power of two: factors that change no rounding are not spent on every value.
-template <int D, int kGroups>
-SAW_INT4_DEVICE OpenRow<kGroups> quantize_row(const typename AppendRow<D>::Values& t, float scale, uint8_t* row) {
-  constexpr int kLanes = kAppendLanes<D>, kWords = AppendRow<D>::kWords;
+// store(word, codes) for the lane's words of one row; returns what the parameters follow from, the same in all its
+// lanes. The row's values are t * scale, scale a power of two: factors that change no rounding are not spent on every
+// value.
+template <int D, int kLanes, int kGroups, typename Store>
+SAW_INT4_DEVICE OpenRow<kGroups> quantize_row(const typename SpreadRow<D, kLanes>::Values& t, float scale,
+                                              const Store& store) {
+  constexpr int kWords = SpreadRow<D, kLanes>::kWords;
   OpenRow<kGroups> open;
-  open.row = row;
   float low[8], per_unit[8];  // of the channels of a word
   SAW_INT4_UNROLL
   for (int g = 0; g < kGroups; ++g) {
     OpenGroup& group = open.group[g];
-    const Range values = range_of_group<D, kGroups>(t, g);
+    const Range values = range_of_group<D, kLanes, kGroups>(t, g);
     group.low = dev::mul_rn(values.low, scale);
     const float range = dev::sub_rn(dev::mul_rn(values.high, scale), group.low);
     group.unit = dev::div_rn(range, float(kUnitsOfRange));
@@ -230,7 +232,7 @@ SAW_INT4_DEVICE OpenRow<kGroups> quantize_row(const typename AppendRow<D>::Value
       per_unit[i] = dev::mul_rn(inverse, scale);
     }
   }
-  FineRow<D> fine;
+  FineRow<D, kLanes> fine;
   ShiftErrors errors[kGroups];
   SAW_INT4_UNROLL
   for (int k = 0; k < kWords; ++k) {
@@ -265,8 +267,7 @@ SAW_INT4_DEVICE OpenRow<kGroups> quantize_row(const typename AppendRow<D>::Value
         cross[g] = dev::dot_u8x4(codes, rest & own, cross[g]);
       }
     }
-    if (row != nullptr)
-      dev::st_global(reinterpret_cast<uint32_t*>(row) + AppendRow<D>::word(k), nibbles[0] | nibbles[1] << 4);
+    store(SpreadRow<D, kLanes>::word(k), nibbles[0] | nibbles[1] << 4);
   }
   SAW_INT4_UNROLL
   for (int g = 0; g < kGroups; ++g) {
@@ -286,9 +287,9 @@ SAW_INT4_DEVICE OpenRow<kGroups> quantize_row(const typename AppendRow<D>::Value
 }
 
 // Blocks per SM that the registers allow without spilling.
-template <int D, DType kType, bool kCalibrated>
+template <int D, int kLanes, DType kType, bool kCalibrated>
 inline constexpr int kAppendBlocks = [] {
-  constexpr int kWords = AppendRow<D>::kWords;
+  constexpr int kWords = SpreadRow<D, kLanes>::kWords;
   constexpr bool kBf16 = kType == DType::kBFloat16;
   if (kWords <= 2) return 12;
   if (kWords <= 5) return kBf16 && !kCalibrated ? 10 : 8;
@@ -299,43 +300,71 @@ inline constexpr int kAppendBlocks = [] {
 inline constexpr int kCalibrationBytes = 12 * 1024;
 
 // Whether a rotation over the whole row moves it to other lanes halfway.
-template <int D>
-inline constexpr bool kRelayed = kAppendLanes<D> == 4 && AppendRow<D>::kFullOrder == D && AppendRow<D>::kWords >= 4;
+template <int D, int kLanes>
+inline constexpr bool kRelayed =
+    kLanes == 4 && SpreadRow<D, kLanes>::kFullOrder == D && SpreadRow<D, kLanes>::kWords >= 4;
 
 // A block's shared memory, in pieces of 16 bytes: of each row its words, of each head of a calibrated block the halves
-// of the words of mean, factor and sign.
-template <int D, DType kType>
+// of the words of mean, factor and sign. Lanes with a row each would touch as many lines as there are lanes with every
+// access: there a warp reads and writes its rows together, whose codes and addresses lie here, too.
+template <int D, int kLanes, DType kType>
 struct AppendShared {
-  using Row = AppendRow<D>;
+  using Row = SpreadRow<D, kLanes>;
+  static constexpr bool kTogether = kLanes == 1;
   static constexpr int kVectors = Channels<kType>::kVectors;
   static constexpr int kPlane = D / 8 * 16;  // a piece of each word
-  static constexpr int kInputBytes = kAppendRows<D> * kVectors * kPlane;
+  static constexpr int kRowsBytes = kAppendRows<kLanes> * kVectors * kPlane;
+  static constexpr int kCodesBytes = D / 2 + 4;  // of a row: so that rows start in different banks
+  static constexpr int kInputBytes = kRowsBytes + (kTogether ? kAppendRows<kLanes> * (16 + kCodesBytes) : 0);
   static constexpr int kHeadBytes = 3 * 2 * kPlane;  // of a calibration
 
   // Neighbouring lanes, of one row or the next, take words 1, or kWords, apart: neither meets a bank conflict.
   SAW_INT4_DEVICE static uint32_t place(int word, int row) {
     if (D % 64 != 0) return word * 16;
-    return (word ^ (kRelayed<D> ? word / Row::kWords : 0) ^ (row & 1) << 2) * 16;
+    return (word ^ (kRelayed<D, kLanes> ? word / Row::kWords : 0) ^ kLanes * (row & (8 / kLanes - 1))) * 16;
   }
-  SAW_INT4_DEVICE static uint32_t input(int word, int vector) {
-    const int row = dev::thread_index() / kAppendLanes<D>;
+  SAW_INT4_DEVICE static uint32_t input(int row, int word, int vector) {
     return dev::shared_base() + (row * kVectors + vector) * kPlane + place(word, row);
   }
+  // Of rows that a warp moves together: where they come from and go to, null for nowhere, and their codes.
+  SAW_INT4_DEVICE static uint32_t source(int row) { return dev::shared_base() + kRowsBytes + row * 16; }
+  SAW_INT4_DEVICE static uint32_t target(int row) { return source(row) + 8; }
+  SAW_INT4_DEVICE static uint32_t codes(int row) { return source(kAppendRows<kLanes>) + row * kCodesBytes; }
   SAW_INT4_DEVICE static uint32_t calibration(int head, int vector, int word, int half) {
     return dev::shared_base() + kInputBytes + head * kHeadBytes + (2 * vector + half) * kPlane + place(word, head);
   }
 };
 
+SAW_INT4_DEVICE void st_shared_address(uint32_t at, const void* p) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  dev::st_shared(at, uint2{static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32)});
+}
+SAW_INT4_DEVICE uint8_t* ld_shared_address(uint32_t at) {
+  const auto x = dev::ld_shared<uint2>(at);
+  return reinterpret_cast<uint8_t*>(static_cast<uintptr_t>(x.y) << 32 | x.x);
+}
+
+// Of rows that a warp moves together: f(row of the block, word) for every word of them, one a lane and turn.
+template <int D, typename F>
+SAW_INT4_DEVICE void for_words_together(const F& f) {
+  constexpr int kRowWords = D / kCodesPerWord, kRowsAtATime = 32 / kRowWords;
+  const int first = dev::warp_id() * 32 + dev::lane_id() / kRowWords;
+  SAW_INT4_UNROLL
+  for (int k = 0; k < kRowWords; ++k) f(first + k * kRowsAtATime, dev::lane_id() % kRowWords);
+}
+
 // The word of the row that is the lane's k-th.
-template <int D>
+template <int D, int kLanes>
 SAW_INT4_DEVICE int lane_word(int k, bool neighbouring) {
-  return neighbouring ? AppendRow<D>::kWords * AppendRow<D>::lane() + k : AppendRow<D>::word(k);
+  using Row = SpreadRow<D, kLanes>;
+  return neighbouring ? Row::kWords * Row::lane() + k : Row::word(k);
 }
 
 // A row on its way to shared memory while the one before it is computed: no register holds it.
-template <int D, DType kType>
+template <int D, int kLanes, DType kType>
 struct AppendInput {
-  using Shared = AppendShared<D, kType>;
+  using Row = SpreadRow<D, kLanes>;
+  using Shared = AppendShared<D, kLanes, kType>;
   static constexpr int kVectors = Shared::kVectors, kBytesPerChannel = 2 * kVectors;
   uint32_t head;
   int64_t slot;
@@ -343,25 +372,38 @@ struct AppendInput {
   // Past the last token nothing is read: the grid's last rows would all ask for the same memory.
   SAW_INT4_DEVICE void fetch(const AppendParams& p, bool is_v, uint32_t token) {
     const bool exists = token < p.num_tokens;
-    const int64_t first = token * (is_v ? p.v_token_stride : p.k_token_stride) + head * D + AppendRow<D>::lane() * 8;
+    const int64_t first = token * (is_v ? p.v_token_stride : p.k_token_stride) + head * D + Row::lane() * 8;
     const auto* x = static_cast<const uint8_t*>(is_v ? p.v : p.k) + first * kBytesPerChannel;
-    SAW_INT4_UNROLL
-    for (int k = 0; k < AppendRow<D>::kWords; ++k) {
+    if constexpr (Shared::kTogether) {
+      st_shared_address(Shared::source(dev::thread_index()), exists ? x : nullptr);
+      dev::warp_sync();  // and no lane needs its last row's input
+      for_words_together<D>([&](int row, int word) {
+        const uint8_t* from = ld_shared_address(Shared::source(row));
+        SAW_INT4_UNROLL
+        for (int i = 0; i < kVectors; ++i)
+          dev::cp_async_zfill<16>(Shared::input(row, word, i), from + (word * kVectors + i) * 16, from != nullptr);
+      });
+    } else {
+      const int row = dev::thread_index() / kLanes;
       SAW_INT4_UNROLL
-      for (int i = 0; i < kVectors; ++i)
-        dev::cp_async_zfill<16>(Shared::input(AppendRow<D>::word(k), i),
-                                x + k * kAppendLanes<D> * 8 * kBytesPerChannel + 16 * i, exists);
+      for (int k = 0; k < Row::kWords; ++k) {
+        SAW_INT4_UNROLL
+        for (int i = 0; i < kVectors; ++i)
+          dev::cp_async_zfill<16>(Shared::input(row, Row::word(k), i), x + k * kLanes * 8 * kBytesPerChannel + 16 * i,
+                                  exists);
+      }
     }
     dev::cp_async_commit();
     slot = exists ? dev::ld_global(p.slots + token) : -1;
   }
-  SAW_INT4_DEVICE void widen(typename AppendRow<D>::Values& t, bool neighbouring) const {
+  SAW_INT4_DEVICE void widen(typename Row::Values& t, bool neighbouring) const {
+    const int row = dev::thread_index() / kLanes;
     SAW_INT4_UNROLL
-    for (int k = 0; k < AppendRow<D>::kWords; ++k) {
+    for (int k = 0; k < Row::kWords; ++k) {
       Channels<kType> channels;
       SAW_INT4_UNROLL
       for (int i = 0; i < kVectors; ++i)
-        channels.raw[i] = dev::ld_shared<uint4>(Shared::input(lane_word<D>(k, neighbouring), i));
+        channels.raw[i] = dev::ld_shared<uint4>(Shared::input(row, lane_word<D, kLanes>(k, neighbouring), i));
       channels.widen(t[k]);
     }
   }
@@ -369,9 +411,9 @@ struct AppendInput {
 
 // To shared memory, the calibration of the block's heads. Signs are multiplied by the norm of the rotation: as exact as
 // one after the other.
-template <int D, DType kType>
+template <int D, int kLanes, DType kType>
 SAW_INT4_DEVICE void load_calibration(const AppendParams& p, uint32_t first_head, int heads, float norm) {
-  constexpr int kHalves = D / 4, kMostHeads = kCalibrationBytes / AppendShared<D, kType>::kHeadBytes;
+  constexpr int kHalves = D / 4, kMostHeads = kCalibrationBytes / AppendShared<D, kLanes, kType>::kHeadBytes;
   constexpr int kTurns = (kMostHeads * kHalves + kAppendThreads - 1) / kAppendThreads;
   const int left = p.num_kv_heads - static_cast<int>(first_head), halves = (heads < left ? heads : left) * kHalves;
   const float* const vectors[3] = {p.transform.k_mean, p.transform.k_inv_scale, p.transform.k_sign};
@@ -391,21 +433,22 @@ SAW_INT4_DEVICE void load_calibration(const AppendParams& p, uint32_t first_head
     sign = {dev::mul_rn(sign.x, norm), dev::mul_rn(sign.y, norm), dev::mul_rn(sign.z, norm), dev::mul_rn(sign.w, norm)};
     SAW_INT4_UNROLL
     for (int v = 0; v < 3; ++v)
-      dev::st_shared(AppendShared<D, kType>::calibration(i / kHalves, v, half / 2, half % 2), x[turn][v]);
+      dev::st_shared(AppendShared<D, kLanes, kType>::calibration(i / kHalves, v, half / 2, half % 2), x[turn][v]);
   }
   dev::block_sync();
 }
 
 // t <- f(t, y), y being the channels' entries of a vector of the calibration.
-template <int D, DType kType, typename F>
-SAW_INT4_DEVICE void calibrate(typename AppendRow<D>::Values& t, int head, int vector, bool neighbouring, const F& f) {
+template <int D, int kLanes, DType kType, typename F>
+SAW_INT4_DEVICE void calibrate(typename SpreadRow<D, kLanes>::Values& t, int head, int vector, bool neighbouring,
+                               const F& f) {
   SAW_INT4_UNROLL
-  for (int k = 0; k < AppendRow<D>::kWords; ++k) {
+  for (int k = 0; k < SpreadRow<D, kLanes>::kWords; ++k) {
     SAW_INT4_UNROLL
     for (int half = 0; half < 2; ++half) {
       float* const x = t[k] + 4 * half;
       const auto y = dev::ld_shared<float4>(
-          AppendShared<D, kType>::calibration(head, vector, lane_word<D>(k, neighbouring), half));
+          AppendShared<D, kLanes, kType>::calibration(head, vector, lane_word<D, kLanes>(k, neighbouring), half));
       x[0] = f(x[0], y.x), x[1] = f(x[1], y.y), x[2] = f(x[2], y.z), x[3] = f(x[3], y.w);
     }
   }
@@ -413,10 +456,11 @@ SAW_INT4_DEVICE void calibrate(typename AppendRow<D>::Values& t, int head, int v
 
 // Hadamard transform of whole rows, from lanes with neighbouring words to SpreadRow's layout, through the place where
 // the rows' input was: half of each word at a time.
-template <int D, DType kType>
-SAW_INT4_DEVICE void hadamard_relayed(typename AppendRow<D>::Values& t) {
-  constexpr int kWords = AppendRow<D>::kWords;
-  using Shared = AppendShared<D, kType>;
+template <int D, int kLanes, DType kType>
+SAW_INT4_DEVICE void hadamard_relayed(typename SpreadRow<D, kLanes>::Values& t) {
+  constexpr int kWords = SpreadRow<D, kLanes>::kWords;
+  using Shared = AppendShared<D, kLanes, kType>;
+  const int row = dev::thread_index() / kLanes;
   hadamard_in_words(t, D);
   hadamard_of_words(t, 1, kWords);
   SAW_INT4_UNROLL
@@ -425,39 +469,40 @@ SAW_INT4_DEVICE void hadamard_relayed(typename AppendRow<D>::Values& t) {
     SAW_INT4_UNROLL
     for (int k = 0; k < kWords; ++k) {
       const float* const x = t[k] + 4 * half;
-      dev::st_shared(Shared::input(lane_word<D>(k, true), 0), float4{x[0], x[1], x[2], x[3]});
+      dev::st_shared(Shared::input(row, lane_word<D, kLanes>(k, true), 0), float4{x[0], x[1], x[2], x[3]});
     }
     dev::warp_sync();
     SAW_INT4_UNROLL
     for (int k = 0; k < kWords; ++k) {
       float* const x = t[k] + 4 * half;
-      const auto y = dev::ld_shared<float4>(Shared::input(lane_word<D>(k, false), 0));
+      const auto y = dev::ld_shared<float4>(Shared::input(row, lane_word<D, kLanes>(k, false), 0));
       x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
     }
   }
   dev::warp_sync();
-  hadamard_of_words(t, kWords / kAppendLanes<D>, kWords);
+  hadamard_of_words(t, kWords / kLanes, kWords);
 }
 
-template <int D, DType kType, int kGroups, bool kCalibrated>
-SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, (kAppendBlocks<D, kType, kCalibrated>))
+template <int D, int kLanes, DType kType, int kGroups, bool kCalibrated>
+SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, (kAppendBlocks<D, kLanes, kType, kCalibrated>))
     saw_int4_append_kernel(const AppendParams p, const AppendPlan plan) {
-  constexpr int kLanes = kAppendLanes<D>, kRows = kAppendRows<D>;
+  using Row = SpreadRow<D, kLanes>;
+  using Shared = AppendShared<D, kLanes, kType>;
   const TransformParams& tr = p.transform;
-  const uint32_t row_of_block = dev::thread_index() / kLanes, heads = plan.heads, tokens = kRows / heads;
+  const uint32_t row_of_block = dev::thread_index() / kLanes, heads = plan.heads, tokens = kAppendRows<kLanes> / heads;
   const uint32_t block = plan.both ? dev::block_index() : dev::block_index() / 2;
   const uint32_t columns = (p.num_kv_heads + heads - 1) / heads, first_head = block % columns * heads;
   uint32_t head_of_block = row_of_block % heads, token = block / columns * tokens + row_of_block / heads;
   if (row_of_block >= heads * tokens || first_head + head_of_block >= p.num_kv_heads)  // of no row
     head_of_block = 0, token = p.num_tokens;
-  AppendInput<D, kType> input;
+  AppendInput<D, kLanes, kType> input;
   input.head = first_head + head_of_block;
   bool is_v = !plan.both && dev::block_index() % 2;
   input.fetch(p, is_v, token);
 
   const float norm = tr.rotation_order > 1 ? hadamard_norm(tr.rotation_order) : 1.f;
   const bool exact = (dev::float_bits(norm) & 0x7fffffu) == 0;  // a power of two: changes no rounding
-  if (kCalibrated && !is_v) load_calibration<D, kType>(p, first_head, heads, exact ? 1.f : norm);
+  if (kCalibrated && !is_v) load_calibration<D, kLanes, kType>(p, first_head, heads, exact ? 1.f : norm);
 
   const int steps = plan.both ? 2 * plan.fronts : plan.fronts;
   OpenRow<kGroups> mine;
@@ -470,37 +515,56 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, (kAppendBlocks<D, kType, 
     const bool next_is_v = plan.both != is_v;
     if (is_v || !plan.both) token += plan.front;
 
-    typename AppendRow<D>::Values t;
+    typename Row::Values t;
     dev::cp_async_wait<0>();
+    if (Shared::kTogether) dev::warp_sync();
     const auto centre_and_balance = [&](bool neighbouring) {
       if (!calibrated) return;
-      calibrate<D, kType>(t, head_of_block, 0, neighbouring, [](float a, float b) { return dev::sub_rn(a, b); });
-      calibrate<D, kType>(t, head_of_block, 1, neighbouring, [](float a, float b) { return dev::mul_rn(a, b); });
+      calibrate<D, kLanes, kType>(t, head_of_block, 0, neighbouring,
+                                  [](float a, float b) { return dev::sub_rn(a, b); });
+      calibrate<D, kLanes, kType>(t, head_of_block, 1, neighbouring,
+                                  [](float a, float b) { return dev::mul_rn(a, b); });
     };
-    if (kRelayed<D> && rotated && tr.rotation_order == D) {
+    if (kRelayed<D, kLanes> && rotated && tr.rotation_order == D) {
       dev::warp_sync();
       input.widen(t, true);
       centre_and_balance(true);
-      hadamard_relayed<D, kType>(t);
+      hadamard_relayed<D, kLanes, kType>(t);
       input.fetch(p, next_is_v, token);
     } else {
       input.widen(t, false);
       input.fetch(p, next_is_v, token);
       centre_and_balance(false);
       // The usual order as a constant: a stage that may be skipped costs moves between registers.
-      if (rotated && !kRelayed<D> && tr.rotation_order == AppendRow<D>::kFullOrder)
-        hadamard_row<kLanes>(t, AppendRow<D>::kFullOrder);
+      if (rotated && !kRelayed<D, kLanes> && tr.rotation_order == Row::kFullOrder)
+        hadamard_row<kLanes>(t, Row::kFullOrder);
       else if (rotated)
         hadamard_row<kLanes>(t, tr.rotation_order);
     }
     if (calibrated)
-      calibrate<D, kType>(t, head_of_block, 2, false, [](float a, float b) { return dev::mul_rn(a, b); });
+      calibrate<D, kLanes, kType>(t, head_of_block, 2, false, [](float a, float b) { return dev::mul_rn(a, b); });
     else if (rotated && !exact)
       for_channels(t, [&](float x) { return dev::mul_rn(x, norm); });
-    const OpenRow<kGroups> open = quantize_row<D, kGroups>(t, rotated && exact ? norm : 1.f, row);
+    OpenRow<kGroups> open =
+        quantize_row<D, kLanes, kGroups>(t, rotated && exact ? norm : 1.f, [&](int word, uint32_t codes) {
+          if (Shared::kTogether)
+            dev::st_shared(Shared::codes(row_of_block) + word * 4, codes);
+          else if (row != nullptr)
+            dev::st_global(reinterpret_cast<uint32_t*>(row) + word, codes);
+        });
+    open.row = row;
+    if constexpr (Shared::kTogether) {
+      st_shared_address(Shared::target(row_of_block), row);
+      dev::warp_sync();
+      for_words_together<D>([&](int of_row, int word) {
+        auto* const to = reinterpret_cast<uint32_t*>(ld_shared_address(Shared::target(of_row)));
+        const auto codes = dev::ld_shared<uint32_t>(Shared::codes(of_row) + word * 4);
+        dev::st_global_if(to != nullptr, to + word, codes);
+      });
+    }
     is_v = next_is_v;
 
-    if (AppendRow<D>::lane() == step % kLanes) mine = open;
+    if (Row::lane() == step % kLanes) mine = open;
     if (step % kLanes != kLanes - 1 && step != steps - 1) continue;
     dev::warp_sync();  // the codes of a damaged row are overwritten
     close_row<D>(mine);

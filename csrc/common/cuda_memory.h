@@ -42,6 +42,13 @@ template <typename T>
 SAW_INT4_DEVICE void st_global(T* p, T v) {
   *p = v;
 }
+// By a predicate: the compiler takes a branch for what belongs to such a store alone.
+SAW_INT4_DEVICE void st_global_if(bool valid, uint32_t* p, uint32_t v) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.global.u32 [%1], %2;\n}" ::"r"(static_cast<uint32_t>(valid)),
+      "l"(__cvta_generic_to_global(p)), "r"(v)
+      : "memory");
+}
 // Has the line brought to L2; orders nothing.
 SAW_INT4_DEVICE void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));

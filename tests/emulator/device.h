@@ -260,6 +260,9 @@ template <class T>
 void st_global(T* pointer, T value, Site site = Site::current()) {
   machine().global().write(pointer, &value, sizeof(T), machine().accessor(), site);
 }
+inline void st_global_if(bool valid, uint32_t* pointer, uint32_t value, Site site = Site::current()) {
+  if (valid) st_global(pointer, value, site);
+}
 inline void prefetch_l2(const void*) {}
 inline void thread_fence() {
   machine().global().fence(machine().accessor());

@@ -45,6 +45,7 @@ check(128, 8, 4, [700, 90], 1)
 check(64, 2, 4, [300, 33], 4)
 check(128, 1, 8, [1100], 4)
 check(128, 4, 4, [700, 90], 8)
+check(64, 8, 1, [3300], 1)  # append gives each row a lane
 check(80, 4, 1, [130, 257], 2)
 check(64, 2, 4, [300, 33], 4, row_groups=2)
 check(128, 8, 4, [700, 90], 1, row_groups=2)

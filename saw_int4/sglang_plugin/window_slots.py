@@ -56,7 +56,7 @@ class WindowSlots:
                 return buffers
         lines, counted = len(self._eager[0]), len(self._captured[0])
         if requests > lines:  # by doubling; as far as sizing counts, while that suffices
-            most = counted if requests <= counted else len(self.req_to_token)
+            most = counted if requests <= counted else len(self.req_to_token) - 1  # whose first is no request's
             lines = max(requests, min(2 * lines, most))
         tokens = max(tokens, len(self._eager[2]))
         self._eager = buffers = None  # released before there are new ones

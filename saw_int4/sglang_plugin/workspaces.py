@@ -58,7 +58,7 @@ def decode_rows(graph_rows: int, batch_invariant: bool) -> int:
 
 def beside_the_pool(kvc) -> dict[str, int]:
     """Bytes of each of a rank's workspaces on a GPU, by what it is for. ``kvc``: SGLang's KVCacheConfigurator."""
-    from sglang.srt.runtime_context import get_exec, get_spec
+    from sglang.srt.runtime_context import get_exec, get_schedule, get_spec
 
     layers, device = attention_layers(kvc.model), torch.device(kvc.device, kvc.gpu_id)
     window = widest_window(layers, kvc.sliding_window_size)
@@ -68,15 +68,17 @@ def beside_the_pool(kvc) -> dict[str, int]:
     invariant = env.published().batch_invariant
     cells = rows * (window + 1) if window else 0
     drafts = min(cells, DRAFT_CELLS) * 8 * 5 if rows > requests else 0
-    # Of captured graphs, and of passes that do not fit them: of more requests than graphs have, they grow uncounted.
-    tables = 2 if kvc.is_hybrid_swa else 0
+    # Of captured graphs, and of passes that do not fit them. Without --max-running-requests nobody knows yet how many
+    # requests those will have: of more than graphs have, they grow uncounted.
+    running = (get_schedule().max_running_requests or 0) // kvc.attn_dp_size
+    lines = requests + max(requests, running) if kvc.is_hybrid_swa else 0
     return {
         "gathered keys and values": gather_tokens(token_bytes, window) * token_bytes,
         "decode_attention": ops.decode_workspace_bytes(
             device, decode_rows(rows, invariant), *decode_shape(layers), batch_invariant=invariant
         ),
         "FlashInfer's plans": ragged_prefill.DEVICE_BYTES,
-        f"slots of sliding windows for {requests} requests": tables * requests * kvc.model_config.context_len * 4
+        f"slots of sliding windows for {requests} requests": lines * kvc.model_config.context_len * 4
         + cells * 4
         + drafts,
     }

@@ -433,7 +433,7 @@ def test_captured_graph_sees_the_next_window(monkeypatch, device):
 
 def test_slot_table_of_eager_passes_grows_by_doubling(monkeypatch):
     """Not past the lines of captured graphs' batches while those suffice; the old table is gone before the new one."""
-    slots = WindowSlots(None, torch.zeros(13, 64, dtype=torch.int32), WINDOW)
+    slots = WindowSlots(None, torch.zeros(14, 64, dtype=torch.int32), WINDOW)  # a line more than there are requests
     slots.reserve(6, 1)
     make, old = slots._buffers, None
 

@@ -80,6 +80,7 @@ def size(monkeypatch):
         values = dict(
             device="cuda",
             gpu_id=1,
+            attn_dp_size=1,
             model=torch.nn.ModuleList(
                 RadixAttention(H_Q, D, D**-0.5, H_KV, layer_id=i, sliding_window_size=window) for i in range(LAYERS)
             ),
@@ -131,10 +132,13 @@ def test_drafts_and_windows(size):
     assert size(invariant=True) == tokens(128 * MB + 2 * 64 * 1000 + PLANS)
 
 
-@pytest.mark.parametrize("two_parts", [False, True])
-def test_what_the_backend_holds(monkeypatch, two_parts):
-    """Its tensors against the figures: with the graphs' buffers, and a pass that is as large and fits none of them."""
-    requests, drafts = 4, 8  # as many requests as the backend's table has lines
+@pytest.mark.parametrize(("two_parts", "requests", "running"), [(False, 4, None), (True, 4, None), (True, 2, 3)])
+def test_what_the_backend_holds(monkeypatch, two_parts, requests, running):
+    """Its tensors against the figures: with buffers for graphs of so many requests, and a pass that fits none of them.
+
+    That has as many requests, or all that may be running.
+    """
+    drafts = 8
     module = RadixAttention(test_attention.H_Q, test_attention.D, 1.0, test_attention.H_KV, layer_id=0)
     module.sliding_window_size = test_attention.WINDOW
     backend = test_attention.make_backend(monkeypatch, "k", False, layers=[module])
@@ -143,7 +147,8 @@ def test_what_the_backend_holds(monkeypatch, two_parts):
     backend.init_cuda_graph_state(requests, requests * drafts)
     held = backend._verify_buffers.lines.nbytes
     if two_parts:
-        tables = [backend.window_slots._room(requests, tokens)[0] for tokens in (requests, requests * drafts + 1)]
+        rooms = ((requests, requests), (running or requests, requests * drafts + 1))
+        tables = [backend.window_slots._room(*room)[0] for room in rooms]
         assert tables[0] is not tables[1]
         held += sum(table.nbytes for table in tables)
 
@@ -151,10 +156,14 @@ def test_what_the_backend_holds(monkeypatch, two_parts):
     monkeypatch.setattr(workspaces, "DRAFT_CELLS", 0)  # of what verifications hold for a moment
     graphs = with_phase(CudaGraphConfig(), Phase.DECODE, max_bs=requests)
     exec_, spec = Settings(graph=Settings(cuda_graph_config=graphs)), Settings(speculative_num_draft_tokens=drafts)
-    publish(monkeypatch, {"get_exec": exec_, "get_spec": spec})
+    publish(monkeypatch, {
+        "get_exec": exec_,
+        "get_spec": spec,
+        "get_schedule": Settings(max_running_requests=running and 2 * running),
+    })  # fmt: skip
     context = backend.req_to_token_pool.req_to_token.shape[1]
     kvc = dict(model=torch.nn.ModuleList([module]), model_config=Settings(context_len=context))
-    kvc |= dict(device="cuda", gpu_id=0, model_dtype=torch.float32, is_hybrid_swa=two_parts)
+    kvc |= dict(device="cuda", gpu_id=0, model_dtype=torch.float32, is_hybrid_swa=two_parts, attn_dp_size=2)
     parts = workspaces.beside_the_pool(Settings(**kvc))
     assert parts["gathered keys and values"] == backend._gathered.nbytes
     assert parts[f"slots of sliding windows for {requests} requests"] == held > 0

@@ -18,6 +18,13 @@ namespace saw_int4 {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// An operator as it is registered: run(p, arguments...) for the p that `params`, one of the functions below, makes of
+// its arguments. So only that function and the schema (ops.cpp) list them.
+template <typename Params, typename... Args, typename Run>
+auto operator_of(Params (*params)(Args...), Run run) {
+  return [=](Args... arguments) { run(params(arguments...), arguments...); };
+}
+
 inline DType dtype_of(const at::Tensor& t, const char* op, const char* name) {
   switch (t.scalar_type()) {
     case at::kBFloat16:
@@ -75,6 +82,24 @@ inline int check_cache(const at::Tensor& t, int64_t head_dim, const at::Tensor& 
   return groups;
 }
 
+// Caches of the heads of `rows`, [T, H_kv, D]. Returns the groups of their rows.
+inline int check_caches(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& rows, const char* op) {
+  const int groups = check_cache(k_cache, rows.size(2), rows, op, "k_cache");
+  check_cache(v_cache, rows.size(2), rows, op, "v_cache");
+  check_shape(k_cache, {k_cache.size(0), rows.size(1), k_cache.size(2)}, op, "k_cache", "[num_slots, H_kv, row_bytes]");
+  check_shape(v_cache, k_cache.sizes(), op, "v_cache", "the shape of k_cache");
+  return groups;
+}
+
+// One for each token of `rows`.
+inline void check_slots(const at::Tensor& slots, at::ScalarType type, const at::Tensor& rows, const char* op,
+                        const char* letters) {
+  check_device(slots, rows, op, "slots");
+  check_dtype(slots, type, op, "slots");
+  check_shape(slots, {rows.size(0)}, op, "slots", letters);
+  check_contiguous(slots, op, "slots");
+}
+
 inline void check_rotation_order(int64_t order, int64_t head_dim, const char* op) {
   const bool power_of_two = order >= 1 && (order & (order - 1)) == 0;
   TORCH_CHECK(power_of_two && head_dim % order == 0, op, ": rotation_order is ", order,
@@ -104,14 +129,8 @@ inline AppendParams append_params(const at::Tensor& k, const at::Tensor& v, cons
   check_dtype(v, k.scalar_type(), op, "v");
   check_shape(v, k.sizes(), op, "v", "the shape of k");
   const int64_t heads = k.size(1), head_dim = k.size(2);
-  const int groups = check_cache(k_cache, head_dim, k, op, "k_cache");
-  check_cache(v_cache, head_dim, k, op, "v_cache");
-  check_shape(k_cache, {k_cache.size(0), heads, k_cache.size(2)}, op, "k_cache", "[num_slots, H_kv, row_bytes]");
-  check_shape(v_cache, k_cache.sizes(), op, "v_cache", "the shape of k_cache");
-  check_device(slots, k, op, "slots");
-  check_dtype(slots, at::kLong, op, "slots");
-  check_shape(slots, {k.size(0)}, op, "slots", "[T]");
-  check_contiguous(slots, op, "slots");
+  const int groups = check_caches(k_cache, v_cache, k, op);
+  check_slots(slots, at::kLong, k, op, "[T]");
   check_rotation_order(rotation_order, head_dim, op);
   TORCH_CHECK(k_mean.has_value() == k_inv_scale.has_value() && k_mean.has_value() == k_sign.has_value(), op,
               ": one of k_mean, k_inv_scale and k_sign is missing, expected all (calibrated) or none");
@@ -267,14 +286,8 @@ inline GatherParams gather_params(const at::Tensor& k_cache, const at::Tensor& v
   check_shape(v_out, k_out.sizes(), op, "v_out", "the shape of k_out");
   check_contiguous(v_out, op, "v_out");
   const int64_t heads = k_out.size(1), head_dim = k_out.size(2);
-  const int groups = check_cache(k_cache, head_dim, k_out, op, "k_cache");
-  check_cache(v_cache, head_dim, k_out, op, "v_cache");
-  check_shape(k_cache, {k_cache.size(0), heads, k_cache.size(2)}, op, "k_cache", "[num_slots, H_kv, row_bytes]");
-  check_shape(v_cache, k_cache.sizes(), op, "v_cache", "the shape of k_cache");
-  check_device(slots, k_out, op, "slots");
-  check_dtype(slots, at::kInt, op, "slots");
-  check_shape(slots, {k_out.size(0)}, op, "slots", "[N]");
-  check_contiguous(slots, op, "slots");
+  const int groups = check_caches(k_cache, v_cache, k_out, op);
+  check_slots(slots, at::kInt, k_out, op, "[N]");
   GatherParams p;
   p.k_cache = k_cache.const_data_ptr<uint8_t>();
   p.v_cache = v_cache.const_data_ptr<uint8_t>();

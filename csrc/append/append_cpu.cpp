@@ -8,11 +8,7 @@
 namespace saw_int4 {
 namespace {
 
-void append_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache, const at::Tensor& v_cache,
-               const at::Tensor& slots, int64_t rotation_order, bool rotate_v, const OptionalTensor& k_mean,
-               const OptionalTensor& k_inv_scale, const OptionalTensor& k_sign) {
-  const AppendParams p =
-      append_params(k, v, k_cache, v_cache, slots, rotation_order, rotate_v, k_mean, k_inv_scale, k_sign);
+void append_kv(const AppendParams& p) {
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     TORCH_CHECK(p.slots[t] < p.num_slots, "append_kv: slots[", t, "] is ", p.slots[t], ", expected less than the ",
                 p.num_slots, " slots of the cache, or negative to skip the token");
@@ -27,7 +23,7 @@ void append_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cac
 }  // namespace
 
 TORCH_LIBRARY_IMPL(saw_int4, CPU, m) {
-  m.impl("append_kv", &append_kv);
+  m.impl("append_kv", operator_of(append_params, [](const AppendParams& p, const auto&...) { append_kv(p); }));
 }
 
 }  // namespace saw_int4

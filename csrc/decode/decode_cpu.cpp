@@ -93,20 +93,11 @@ Plan make_plan(const DecodeParams& p) {
   return plan;
 }
 
-void decode_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
-                      const at::Tensor& slot_table, const at::Tensor& table_rows, const at::Tensor& seq_lens,
-                      const OptionalTensor& q_indptr, const at::Tensor& out, const OptionalTensor& lse,
-                      const OptionalTensor& workspace, int64_t max_q_len, int64_t page_size, double sm_scale,
-                      int64_t rotation_order, bool rotate_v, const OptionalTensor& k_mean,
-                      const OptionalTensor& k_scale, const OptionalTensor& k_sign, double logit_cap, int64_t window,
-                      const OptionalTensor& sinks, const OptionalTensor& tree_mask, bool batch_invariant) {
-  const DecodeParams p = decode_params(q, k_cache, v_cache, slot_table, table_rows, seq_lens, q_indptr, out, lse,
-                                       workspace, max_q_len, page_size, sm_scale, rotation_order, rotate_v, k_mean,
-                                       k_scale, k_sign, logit_cap, window, sinks, tree_mask, batch_invariant);
-  check_values(p, slot_table.size(0), slot_table.size(1), q.size(0));
+void decode_attention(const DecodeParams& p, const at::Tensor& slot_table) {
+  check_values(p, slot_table.size(0), slot_table.size(1), p.num_query_rows);
   const Plan plan = make_plan(p);
   const CpuKernels& kernels = cpu_kernels();
-  const int64_t queries = q.size(0) * p.num_q_heads, D = p.head_dim, G = p.groups;
+  const int64_t queries = p.num_query_rows * p.num_q_heads, D = p.head_dim, G = p.groups;
   const at::Tensor floats = at::empty({queries * (D + G + 1) + plan.partial_rows * (D + G + 2)}, at::kFloat);
   DecodeScratch s;
   s.q = floats.mutable_data_ptr<float>();
@@ -137,7 +128,10 @@ void decode_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::
 }  // namespace
 
 TORCH_LIBRARY_IMPL(saw_int4, CPU, m) {
-  m.impl("decode_attention", &decode_attention);
+  m.impl("decode_attention",
+         operator_of(decode_params, [](const DecodeParams& p, const at::Tensor& q, const at::Tensor& k_cache,
+                                       const at::Tensor& v_cache, const at::Tensor& slot_table,
+                                       const auto&...) { decode_attention(p, slot_table); }));
 }
 
 }  // namespace saw_int4

@@ -8,9 +8,7 @@
 namespace saw_int4 {
 namespace {
 
-void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& slots, const at::Tensor& k_out,
-               const at::Tensor& v_out) {
-  const GatherParams p = gather_params(k_cache, v_cache, slots, k_out, v_out);
+void gather_kv(const GatherParams& p) {
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     TORCH_CHECK(p.slots[t] >= 0 && p.slots[t] < p.num_slots, "gather_kv: slots[", t, "] is ", p.slots[t],
                 ", expected 0 .. ", p.num_slots - 1, ", the slots of the cache");
@@ -25,7 +23,7 @@ void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::T
 }  // namespace
 
 TORCH_LIBRARY_IMPL(saw_int4, CPU, m) {
-  m.impl("gather_kv", &gather_kv);
+  m.impl("gather_kv", operator_of(gather_params, [](const GatherParams& p, const auto&...) { gather_kv(p); }));
 }
 
 }  // namespace saw_int4

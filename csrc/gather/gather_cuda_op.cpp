@@ -7,19 +7,12 @@
 #include "gather/gather_cuda.h"
 
 namespace saw_int4 {
-namespace {
-
-void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& slots, const at::Tensor& k_out,
-               const at::Tensor& v_out) {
-  const auto p = gather_params(k_cache, v_cache, slots, k_out, v_out);
-  const c10::cuda::CUDAGuard guard(k_out.device());
-  gather_on_cuda(p, c10::cuda::getCurrentCUDAStream());
-}
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(saw_int4, CUDA, m) {
-  m.impl("gather_kv", &gather_kv);
+  m.impl("gather_kv", operator_of(gather_params, [](const GatherParams& p, const at::Tensor& k_cache, const auto&...) {
+           const c10::cuda::CUDAGuard guard(k_cache.device());
+           gather_on_cuda(p, c10::cuda::getCurrentCUDAStream());
+         }));
 }
 
 }  // namespace saw_int4

@@ -8,9 +8,7 @@
 namespace saw_int4 {
 namespace {
 
-void transform_rows(const at::Tensor& x, const at::Tensor& out, int64_t rotation_order, const OptionalTensor& mean,
-                    const OptionalTensor& mul, const OptionalTensor& sign) {
-  const TransformRowsParams p = transform_rows_params(x, out, rotation_order, mean, mul, sign);
+void transform_rows(const TransformRowsParams& p) {
   const CpuKernels& kernels = cpu_kernels();
   at::parallel_for(0, p.num_tokens * p.num_heads, 64, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(p.head_dim);
@@ -21,7 +19,8 @@ void transform_rows(const at::Tensor& x, const at::Tensor& out, int64_t rotation
 }  // namespace
 
 TORCH_LIBRARY_IMPL(saw_int4, CPU, m) {
-  m.impl("transform_rows", &transform_rows);
+  m.impl("transform_rows",
+         operator_of(transform_rows_params, [](const TransformRowsParams& p, const auto&...) { transform_rows(p); }));
 }
 
 }  // namespace saw_int4

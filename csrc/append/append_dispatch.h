@@ -9,8 +9,8 @@
 
 namespace saw_int4 {
 
-// Of blocks that do `rows` rows at a time, of at most so many heads.
-inline AppendPlan append_plan(int64_t tokens, int num_heads, int rows, int most_heads, int most_blocks) {
+// Of blocks that do `rows` rows at a time, of at most so many heads; at_once: whether most_blocks run at a time.
+inline AppendPlan append_plan(int64_t tokens, int num_heads, int rows, int most_heads, int most_blocks, bool at_once) {
   const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   AppendPlan plan;
   // The most neighbouring heads, as neighbours in memory are read together, that leave at most an eighth of the rows
@@ -21,8 +21,11 @@ inline AppendPlan append_plan(int64_t tokens, int num_heads, int rows, int most_
   const int64_t columns = divide_up(num_heads, plan.heads), block_tokens = rows / plan.heads;
   const int64_t pieces = divide_up(tokens, block_tokens);  // of tokens
   plan.both = 2 * pieces * columns > most_blocks;
-  plan.fronts = plan.both ? divide_up(pieces * columns, std::max<int64_t>(most_blocks, columns)) : 1;
-  const int64_t at_a_time = divide_up(pieces, plan.fronts);
+  // As many as there may be, though the last front then has tokens for some only: fewer, with equally many fronts for
+  // all, leave places of SMs empty. But two fronts of blocks that run at once are halves: what a whole one leaves would
+  // have few warps.
+  int64_t at_a_time = std::min(pieces, std::max<int64_t>(most_blocks / columns, 1));
+  if (at_once && pieces > at_a_time && pieces <= 2 * at_a_time) at_a_time = divide_up(pieces, 2);
   plan.front = at_a_time * block_tokens;
   plan.blocks = at_a_time * columns * (plan.both ? 1 : 2);
   return plan;
@@ -36,7 +39,8 @@ void append_with(const AppendParams& p, const DeviceLimits& limits, Stream strea
   // More blocks than run at a time even out the end, but each loads the calibration of its heads.
   const int most_blocks = limits.sm_count * (calibrated ? kAppendBlocks<D, kLanes, kType, true>
                                                         : 4 * kAppendBlocks<D, kLanes, kType, false>);
-  const AppendPlan plan = append_plan(p.num_tokens, p.num_kv_heads, kAppendRows<kLanes>, most_heads, most_blocks);
+  const AppendPlan plan =
+      append_plan(p.num_tokens, p.num_kv_heads, kAppendRows<kLanes>, most_heads, most_blocks, calibrated);
   const int shared_bytes = Shared::kInputBytes + (calibrated ? plan.heads * Shared::kHeadBytes : 0);
   dispatch_groups(p.groups, "append_kv", [&](auto groups) {
     const auto run = [&](auto is_calibrated) {

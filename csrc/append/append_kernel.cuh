@@ -27,8 +27,7 @@ inline constexpr int kAppendThreads = 64;
 struct AppendPlan {
   int blocks = 0;
   int heads = 0;
-  int front = 0;  // tokens that the grid does at a time
-  int fronts = 0;
+  int front = 0;      // tokens that the grid does at a time
   bool both = false;  // K and V of each token, in turn; otherwise even blocks do K, odd ones V
 };
 
@@ -492,7 +491,8 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, (kAppendBlocks<D, kLanes,
   const uint32_t row_of_block = dev::thread_index() / kLanes, heads = plan.heads, tokens = kAppendRows<kLanes> / heads;
   const uint32_t block = plan.both ? dev::block_index() : dev::block_index() / 2;
   const uint32_t columns = (p.num_kv_heads + heads - 1) / heads, first_head = block % columns * heads;
-  uint32_t head_of_block = row_of_block % heads, token = block / columns * tokens + row_of_block / heads;
+  uint32_t first_token = block / columns * tokens;  // of the block's next row
+  uint32_t head_of_block = row_of_block % heads, token = first_token + row_of_block / heads;
   if (row_of_block >= heads * tokens || first_head + head_of_block >= p.num_kv_heads)  // of no row
     head_of_block = 0, token = p.num_tokens;
   AppendInput<D, kLanes, kType> input;
@@ -504,16 +504,15 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, (kAppendBlocks<D, kLanes,
   const bool exact = (dev::float_bits(norm) & 0x7fffffu) == 0;  // a power of two: changes no rounding
   if (kCalibrated && !is_v) load_calibration<D, kLanes, kType>(p, first_head, heads, exact ? 1.f : norm);
 
-  const int steps = plan.both ? 2 * plan.fronts : plan.fronts;
   OpenRow<kGroups> mine;
   SAW_INT4_UNROLL_BY(1)
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; first_token < p.num_tokens; ++step) {
     if (dev::any(input.slot >= p.num_slots)) dev::trap();
     const int64_t first_byte = (input.slot * p.num_kv_heads + input.head) * row_bytes(D, kGroups);
     uint8_t* const row = input.slot < 0 ? nullptr : (is_v ? p.v_cache : p.k_cache) + first_byte;
     const bool calibrated = kCalibrated && !is_v, rotated = tr.rotation_order > 1 && (!is_v || tr.rotate_v);
     const bool next_is_v = plan.both != is_v;
-    if (is_v || !plan.both) token += plan.front;
+    if (is_v || !plan.both) token += plan.front, first_token += plan.front;
 
     typename Row::Values t;
     dev::cp_async_wait<0>();
@@ -565,7 +564,7 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(kAppendThreads, (kAppendBlocks<D, kLanes,
     is_v = next_is_v;
 
     if (Row::lane() == step % kLanes) mine = open;
-    if (step % kLanes != kLanes - 1 && step != steps - 1) continue;
+    if (step % kLanes != kLanes - 1 && first_token < p.num_tokens) continue;
     dev::warp_sync();  // the codes of a damaged row are overwritten
     close_row<D>(mine);
     mine.row = nullptr;

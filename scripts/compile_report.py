@@ -57,7 +57,8 @@ ARCHS = {
 @dataclass(frozen=True)
 class Operator:
     """params: the kernel's parameter types. usual, all: template arguments. needs: SASS that its loop must hold.
-    narrow: SASS of accesses that waste bandwidth, and how many of them the loop may hold all the same.
+    narrow: SASS of accesses that waste bandwidth, and how many of them the loop may hold all the same. header: in
+    csrc, where its name does not follow from the kernel's.
     """
 
     params: str
@@ -66,6 +67,7 @@ class Operator:
     needs: tuple[str, ...]
     narrow: str
     narrow_allowed: int
+    header: str | None = None
 
 
 def typed(usual: tuple[tuple, ...]) -> dict[str, tuple[tuple, ...]]:
@@ -97,6 +99,12 @@ OPERATORS = {
         needs=(r"HMMA\.16816|HGMMA\.64x32x16", r"LDGSTS\S*\.128"),
         narrow=r"LDG\.(?!\S*\.128)|LDS\.[US](8|16)",
         narrow_allowed=1,
+    ),
+    # A row per block, its pieces four at a time; (m, l) of each are 8 bytes.
+    "decode_merge": Operator(
+        "DecodeParams, DecodePlan, MergePlan", usual=((64,), (128,), (256,)), all=tuple((d,) for d in HEAD_DIMS),
+        needs=(r"LDG\S*\.128", "MUFU.EX2"), narrow=r"LDG\.(?!\S*\.(64|128))", narrow_allowed=0,
+        header="decode/merge_kernel.cuh",
     ),
     # One slot per row, on either way through a loop. Rows of codes are 4-byte aligned: their stores are narrow by the
     # format.
@@ -138,6 +146,7 @@ static void append(int codes, int input_bytes, bool calibrated) {
 int main() {
 """
 SHAPE_OF = {
+    "decode_merge": "row(kMergeWarps, kMergeWarps * ({0} + kRecordPadding) * 4, {0} / 8);",
     "decode": "plan({0}, {1}, {2}, {per_sm}, {per_block});",
     "append": "append({0} / {1}, AppendShared<{0}, {1}, DType::{2}>::kInputBytes, {4});",
     "gather": "row(kGatherThreads / 32, 0, 2 * {0} / kGatherLanes<{0}>);",
@@ -254,7 +263,7 @@ TITLE = f"{'arch':8} {'kernel':32} regs stack spills  shared warps  instr per co
 
 def compile_unit(arch: str, op: str, instances: tuple[tuple, ...]) -> list[Kernel]:
     expected = OPERATORS[op]
-    text = f'#include "{op}/{op}_kernel.cuh"\nnamespace saw_int4 {{\n'
+    text = f'#include "{expected.header or f"{op}/{op}_kernel.cuh"}"\nnamespace saw_int4 {{\n'
     params = ", ".join(f"const {name}" for name in expected.params.split(", "))
     for instance in instances:
         arguments = ", ".join(f"DType::{x}" if x in DTYPES else str(x) for x in instance)

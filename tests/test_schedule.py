@@ -67,7 +67,7 @@ int main() {
                   s.head_dim, s.num_q_heads, s.num_kv_heads, s.num_requests, s.max_q_len, s.groups,
                   s.batch_invariant ? ", batch-invariant" : "", device.sm_count, device.shared_bytes_per_block);
   };
-  const DeviceLimits h100{132, 228 * 1024, 227 * 1024}, a100{108, 164 * 1024, 163 * 1024};
+  const DeviceLimits h100{132, 228 * 1024, 227 * 1024, true}, a100{108, 164 * 1024, 163 * 1024};
   const DeviceLimits l40s{142, 100 * 1024, 99 * 1024};
   for (const DeviceLimits& device : {h100, a100, l40s})
     for (int head_dim : {64, 80, 96, 112, 128, 192, 256}) for (int groups : {1, 2})
@@ -92,12 +92,24 @@ int main() {
                              plan.ways >= (is_wide(plan.row_tiles) ? kWideWays : 1);
           check(whole, "heads do not divide", shape, device);
           check(plan.stages >= 2 && plan.stages <= kMaxStages, "no pipeline", shape, device);
+          const bool one_wave = merge_plan(plan, requests, rows).blocks <= 2 * device.sm_count;
+          const bool may_depend = device.dependent_launches && !invariant && one_wave;
+          check(!plan.merge_launch || may_depend, "a second launch", shape, device);
           // As few query rows as a call may have.
           const int64_t query_rows = invariant ? int64_t{requests} * rows : rows;
           const int64_t workspace =
               decode_workspace_bytes(device.sm_count, query_rows, shape.num_q_heads, head_dim, invariant);
           check(workspace_needed(plan, shape, query_rows) <= workspace, "workspace too small", shape, device);
         }
+  // Heads of a block, and who merges: as measured (csrc/README.md), 32 query heads on 8.
+  const auto decode_step = [&](const DeviceLimits& device, int requests, int heads, bool merge_launch) {
+    const DecodeShape shape{128, 32, 8, requests, 1, false, 1};
+    const DecodePlan plan = decode_plan(shape, device);
+    check(plan.heads_per_block == heads && plan.merge_launch == merge_launch, "other merging", shape, device);
+  };
+  for (int requests : {1, 2}) decode_step(h100, requests, 2, true), decode_step(a100, requests, 1, false);
+  decode_step(h100, 3, 1, false), decode_step(h100, 8, 2, false), decode_step(h100, 64, 4, false);
+  decode_step(h100, 256, 8, false);
   // Warps of a wide pass: those that tests/test_decode_attention.py runs on pretended devices.
   const auto wide = [&](const DeviceLimits& device, int head_dim, int groups, int warps) {
     const DecodeShape shape{head_dim, 8, 2, 3, 8, false, groups};

@@ -25,8 +25,8 @@ SAW_INT4_DEVICE void st_shared(uint32_t addr, T v) {
   *reinterpret_cast<T*>(__cvta_shared_to_generic(addr)) = v;
 }
 
-// ld_global: data that nobody writes during the launch. ld_global_coherent: data another block may have written
-// before a thread_fence. T: as above, and int64_t.
+// ld_global: data that nobody writes during the launch. ld_global_coherent: data that another block may have
+// written (atomic_add_acq_rel_u32), or the launch before. T: as above, and int64_t.
 template <typename T>
 SAW_INT4_DEVICE T ld_global(const T* p) {
   return __ldg(p);

@@ -87,12 +87,28 @@ SAW_INT4_DEVICE int count_lanes(bool pred) {
   return __popc(__ballot_sync(kFullMask, pred));
 }
 
-// Sequentially consistent enough for "write the partials, fence, count": see decode_kernel.cuh.
-SAW_INT4_DEVICE uint32_t atomic_add_u32(uint32_t* p, uint32_t v) {
-  return atomicAdd(p, v);
+// Adds to a word; returns what it held. What the block's threads wrote before (a barrier in between) is seen by
+// whoever adds to the same word later and then reads, past a barrier too.
+SAW_INT4_DEVICE uint32_t atomic_add_acq_rel_u32(uint32_t* p, uint32_t v) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(p)), "r"(v)
+               : "memory");
+  return before;
 }
-SAW_INT4_DEVICE void thread_fence() {
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+// Dependent launches (common/launch.h). Blocks of one may start once every block of the launch before has said so or
+// left; they see what that launch writes, and write themselves, after wait_for_launch_before, which returns when it has
+// ended. Every thread must wait, so that whatever comes next comes after both.
+SAW_INT4_DEVICE void let_dependents_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+SAW_INT4_DEVICE void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 SAW_INT4_DEVICE void trap() {
   __trap();

@@ -19,10 +19,12 @@ inline constexpr int kWideWays = 4;     // warps that share a head's tokens in a
 // Batch-invariant launches: few pieces would leave a long context to few blocks, many cost memory and merging.
 inline constexpr int kInvariantPieces = 16;
 inline constexpr int kInvariantHeads = 4;
-inline constexpr int kMergeAtMost = 36;   // measured: README.md
-inline constexpr int kRecordPadding = 4;  // words of a stored row of a piece beside O (merge.cuh)
-inline constexpr int kNarrowWarps = 8;    // of a block, at most
+inline constexpr int kMergeAtMost = 36;     // pieces times heads of a run, measured: README.md
+inline constexpr int kRecordsPerWarp = 32;  // that the last block adds up, at most, before a second launch pays
+inline constexpr int kRecordPadding = 4;    // words of a stored row of a piece beside O (merge.cuh)
+inline constexpr int kNarrowWarps = 8;      // of a block, at most
 inline constexpr int kWideWarps = 16;
+inline constexpr int kMergeWarps = 16;           // of a block of the merge kernel
 inline constexpr int kMaxStages = 4;             // of all blocks of an SM together
 inline constexpr int kDecodeScratchBytes = 112;  // of a block, for the walk along its work
 
@@ -129,7 +131,8 @@ struct DecodePlan {
   int rows_offset = 0;
   int scratch_offset = 0;
   int shared_bytes = 0;
-  int64_t piece_floats = 0;  // of the workspace, per piece
+  bool merge_launch = false;  // runs are merged by a second launch. Here, or the widest kernel spills registers.
+  int64_t piece_floats = 0;   // of the workspace, per piece
 };
 
 // mul_hi(i, reciprocal(d)) == i / d for i, d < 2^16, d > 1.
@@ -180,14 +183,46 @@ inline void lay_out(DecodePlan& plan, const DecodeShape& shape) {
       static_cast<int64_t>(plan.heads_per_block) * plan.rows_per_head * (shape.head_dim + kRecordPadding);
 }
 
+// Runs of the launch, at most.
+inline int64_t most_runs(const DecodePlan& plan, int num_requests, int max_q_len) {
+  return static_cast<int64_t>(num_requests) * plan.head_groups *
+         row_passes(max_q_len, plan.group, kRowsPerTile * plan.row_tiles);
+}
+
 // How many pieces per query row the last block of a run adds up, when B requests share the grid evenly.
 inline int64_t merge_pieces(const DecodePlan& plan, const DecodeShape& shape) {
   const int64_t runs = static_cast<int64_t>(std::max(shape.num_requests, 1)) * plan.head_groups;
   return (plan.blocks + runs - 1) / runs * plan.heads_per_block;
 }
 
+// The second launch that merges (merge_kernel.cuh): a block for each row of each run that there may be.
+struct MergePlan {
+  int runs_of_request = 0;  // in a column, at most
+  int rows_of_run = 0;      // of all its heads, at most
+  int blocks = 0;           // of the grid
+};
+
+inline MergePlan merge_plan(const DecodePlan& plan, int num_requests, int max_q_len) {
+  MergePlan merge;
+  const int64_t runs = most_runs(plan, num_requests, max_q_len);
+  merge.runs_of_request = static_cast<int>(runs / num_requests >> plan.column_shift);
+  merge.rows_of_run = plan.rows_per_head * plan.heads_per_block;
+  merge.blocks = static_cast<int>(runs * merge.rows_of_run);
+  return merge;
+}
+
+// A second launch merges where the last block of a run would have many records to add up, and rows are few in all: two
+// blocks per SM, which start at once.
+inline bool wants_merge_launch(const DecodePlan& plan, const DecodeShape& shape, const DeviceLimits& device) {
+  if (!device.dependent_launches || shape.batch_invariant) return false;
+  const int64_t runs = most_runs(plan, shape.num_requests, shape.max_q_len);
+  const int64_t rows = plan.rows_per_head * plan.heads_per_block, pieces = (plan.blocks + runs - 1) / runs;
+  return runs * rows <= 2 * device.sm_count && pieces * rows > kRecordsPerWarp * plan.warps;
+}
+
 // KV heads in one block: the more, the longer the contiguous runs that are read; the fewer, the less there is to
-// merge when few requests fill the machine (kMergeAtMost). False when no pipeline of two stages fits.
+// merge when few requests fill the machine (kMergeAtMost), unless a second launch does that. False when no pipeline of
+// two stages fits.
 inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLimits& device, int warps,
                      int most_warps) {
   const bool wide = is_wide(plan.row_tiles);
@@ -213,7 +248,11 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
     if (!fits && warps > 4) return false;  // fewer warps first
     if (!fits) continue;                   // then fewer heads
     plan.column_shift = column_shift(plan.head_groups, plan.blocks);
-    if (heads == 1 || shape.batch_invariant || merge_pieces(plan, shape) <= kMergeAtMost) return true;
+    plan.merge_launch = wants_merge_launch(plan, shape, device);
+    // With a second launch, two heads, as long as a warp has no more than a row of the query to transform.
+    const bool merged_well = plan.merge_launch ? heads == 2 && 2 * plan.rows_per_head <= kNarrowWarps
+                                               : merge_pieces(plan, shape) <= kMergeAtMost;
+    if (heads == 1 || shape.batch_invariant || merged_well) return true;
   }
   return false;
 }

@@ -61,6 +61,90 @@ SAW_INT4_DEVICE Request fetch_request(const DecodeParams& p, int b) {
   return r;
 }
 
+// Units of a request in a column. rows_per_pass: of the kernel, a constant where it is compiled for one.
+SAW_INT4_DEVICE int units_of(const DecodePlan& plan, int64_t window, int rows_per_pass, const Request& r) {
+  return request_units(r.seq_len, r.q_len, window, plan.tile_shift, plan.max_pieces, plan.group, rows_per_pass,
+                       plan.head_groups >> plan.column_shift);
+}
+
+// A request in its column's line of units: its number, and the units before it.
+struct LinePlace {
+  Request request;
+  int b, before;
+};
+
+// The requests as a warp counts them: each lane a few neighbours, of which `first` is the first.
+struct Line {
+  Request first;
+  int each, lanes;
+  int units, end;  // of the lane's requests; of them and all before them
+  int total;
+
+  SAW_INT4_DEVICE Line(const DecodeParams& p, const DecodePlan& plan, int rows_per_pass) {
+    const int lane = dev::lane_id();
+    each = (p.num_requests + 31) / 32;
+    lanes = each == 1 ? p.num_requests : 32;
+    first = fetch_request(p, lane * each);
+    units = units_of(plan, p.window, rows_per_pass, first);
+    SAW_INT4_UNROLL_BY(4)
+    for (int i = 1; i < each; ++i) units += units_of(plan, p.window, rows_per_pass, fetch_request(p, lane * each + i));
+    end = units;
+    SAW_INT4_UNROLL_BY(1)
+    for (int delta = 1; delta < lanes; delta *= 2) {
+      const int below = dev::shfl_up(end, delta);
+      if (lane >= delta) end += below;
+    }
+    total = dev::shfl_idx(end, lanes - 1);
+  }
+
+  // The first request of a lane, told to all.
+  SAW_INT4_DEVICE LinePlace first_of(int lane) const {
+    const int before = dev::shfl_idx(end - units, lane);
+    const Request r{dev::shfl_idx(first.seq_len, lane), dev::shfl_idx(first.q_len, lane),
+                    dev::shfl_idx(first.first_token, lane), dev::shfl_idx(first.table_row, lane)};
+    return {r, lane * each, before};
+  }
+  // The first request of the lane that counted a unit.
+  SAW_INT4_DEVICE LinePlace near_unit(int unit) const {
+    return first_of(dev::count_lanes(dev::lane_id() < lanes && end <= unit));
+  }
+};
+
+// Goes on to the request that has a unit.
+SAW_INT4_DEVICE void walk_to_unit(const DecodeParams& p, const DecodePlan& plan, int rows_per_pass, int unit,
+                                  LinePlace& at) {
+  SAW_INT4_UNROLL_BY(1)
+  for (int n = units_of(plan, p.window, rows_per_pass, at.request); unit >= at.before + n;
+       n = units_of(plan, p.window, rows_per_pass, at.request)) {
+    at.before += n;
+    at.request = fetch_request(p, ++at.b);
+  }
+}
+
+// Query rows and heads of number `run` of a request's runs in a column.
+struct RunRows {
+  QueryRows rows;
+  int kv_head;  // the first
+};
+SAW_INT4_DEVICE RunRows run_rows(const DecodePlan& plan, int rows_per_pass, const BlockPlace& place, const Request& r,
+                                 int run) {
+  const int passes = row_passes(r.q_len, plan.group, rows_per_pass), heads = passes == 1 ? run : run / passes;
+  const int first_row = (run - heads * passes) * rows_per_pass, left = r.q_len * plan.group - first_row;
+  return {{r.first_token, first_row, left < rows_per_pass ? left : rows_per_pass, plan.group, plan.group_magic},
+          place.head_group(heads) * plan.heads_per_block};
+}
+
+// How the blocks of a column share a run.
+SAW_INT4_DEVICE Share share_run(const DecodePlan& plan, const BlockPlace& place, const Stretches& stretches,
+                                int run_begin, int run_units, int unit) {
+  if (plan.max_pieces > 0)
+    return {run_units, unit - run_begin, place.slot(run_begin), place.slot(run_begin), 1 << plan.column_shift};
+  const int first_block = stretches.block_of(run_begin);
+  // Other blocks meet the run at the start of their stretches.
+  return {stretches.block_of(run_begin + run_units - 1) - first_block + 1, place.number - first_block,
+          place.slot(stretches.slot(run_begin, first_block)), place.slot(2 * first_block), 2 << plan.column_shift};
+}
+
 template <int NT>
 class Cursor {
  public:
@@ -71,30 +155,12 @@ class Cursor {
 
   // The block's first piece, if it has any.
   SAW_INT4_DEVICE Piece start(const DecodeParams& p, const DecodePlan& plan) const {
-    // Each lane counts a few neighbouring requests; whoever counts the block's first unit tells the others.
-    const int lane = dev::lane_id(), each = (p.num_requests + 31) / 32;
-    const int lanes = each == 1 ? p.num_requests : 32;
-    Request r = fetch_request(p, lane * each);
-    int units = units_of(plan, p.window, r);
-    SAW_INT4_UNROLL_BY(4)
-    for (int i = 1; i < each; ++i) units += units_of(plan, p.window, fetch_request(p, lane * each + i));
-    int end = units;
-    SAW_INT4_UNROLL_BY(1)
-    for (int delta = 1; delta < lanes; delta *= 2) {
-      const int below = dev::shfl_up(end, delta);
-      if (lane >= delta) end += below;
-    }
-    const int total = dev::shfl_idx(end, lanes - 1);
-    const Stretches stretches = cut(total, dev::block_count() >> plan.column_shift, tiles_per_stage(NT));
+    const Line line(p, plan, kRowsPerPass);
+    const Stretches stretches = cut(line.total, dev::block_count() >> plan.column_shift, tiles_per_stage(NT));
     const int unit = stretches.begin(place(plan).number);
-    if (unit >= total) return {};
-    const int finder = dev::count_lanes(lane < lanes && end <= unit), before = dev::shfl_idx(end - units, finder);
-    r.seq_len = dev::shfl_idx(r.seq_len, finder);
-    r.q_len = dev::shfl_idx(r.q_len, finder);
-    r.first_token = dev::shfl_idx(r.first_token, finder);
-    r.table_row = dev::shfl_idx(r.table_row, finder);
-    const int stop = unit + stretches.units < total ? unit + stretches.units : total;
-    return piece_at(p, plan, stretches, unit, stop, before, finder * each, r);
+    if (unit >= line.total) return {};
+    const int stop = unit + stretches.units < line.total ? unit + stretches.units : line.total;
+    return piece_at(p, plan, stretches, unit, stop, line.near_unit(unit));
   }
 
   // The next piece, if there is one. A barrier: what the block had in shared memory is no longer needed.
@@ -104,7 +170,7 @@ class Cursor {
     dev::block_sync();
     const int unit = static_cast<int>(walk.x), stop = static_cast<int>(walk.y), b = static_cast<int>(walk.w);
     if (unit >= stop) return {};
-    return piece_at(p, plan, stretches, unit, stop, static_cast<int>(walk.z), b, fetch_request(p, b));
+    return piece_at(p, plan, stretches, unit, stop, {fetch_request(p, b), b, static_cast<int>(walk.z)});
   }
 
   // What is needed only when the piece is done; two divisions. Waits in shared memory, after a barrier, until then.
@@ -133,62 +199,45 @@ class Cursor {
     piece.kv_head = static_cast<int>(kept.w);
   }
   static SAW_INT4_DEVICE Share share(const DecodePlan& plan, const Piece& piece) {
-    const BlockPlace here = place(plan);
-    if (plan.max_pieces > 0)
-      return {piece.run_units, piece.unit - piece.run_begin, here.slot(piece.run_begin), here.slot(piece.run_begin),
-              1 << plan.column_shift};
-    const Stretches stretches{piece.units_of_block};
-    const int first_block = stretches.block_of(piece.run_begin);
-    // Other blocks meet the run at the start of their stretches.
-    return {stretches.block_of(piece.run_begin + piece.run_units - 1) - first_block + 1, here.number - first_block,
-            here.slot(stretches.slot(piece.run_begin, first_block)), here.slot(2 * first_block),
-            2 << plan.column_shift};
+    return share_run(plan, place(plan), {piece.units_of_block}, piece.run_begin, piece.run_units, piece.unit);
   }
 
  private:
   static constexpr int kShareAt = 32;
   static constexpr int kRowsAt = kFreeAt + 16;
   static_assert(kShareAt + 20 <= kFreeAt && kRowsAt + 16 <= kAlsoFreeAt && kAlsoFreeAt + 16 <= kDecodeScratchBytes);
+  static constexpr int kRowsPerPass = kRowsPerTile * NT;
   uint32_t scratch_;
 
-  static SAW_INT4_DEVICE int units_of(const DecodePlan& plan, int64_t window, const Request& r) {
-    return request_units(r.seq_len, r.q_len, window, plan.tile_shift, plan.max_pieces, plan.group, kRowsPerTile * NT,
-                         plan.head_groups >> plan.column_shift);
-  }
   static SAW_INT4_DEVICE BlockPlace place(const DecodePlan& plan) {
     return block_place(dev::block_index(), plan.column_shift);
   }
 
   // The piece that begins at `unit` and ends with its run or at `stop`; where the walk goes on, to shared memory.
-  // before: units before request b; the unit lies in it or in a later one.
+  // at: the place of the unit's request, or of one before it.
   SAW_INT4_DEVICE Piece piece_at(const DecodeParams& p, const DecodePlan& plan, const Stretches& stretches, int unit,
-                                 int stop, int before, int b, Request r) const {
-    SAW_INT4_UNROLL_BY(1)
-    for (int n = units_of(plan, p.window, r); unit >= before + n; n = units_of(plan, p.window, r)) {
-      before += n;
-      r = fetch_request(p, ++b);
-    }
+                                 int stop, LinePlace at) const {
+    walk_to_unit(p, plan, kRowsPerPass, unit, at);
+    const Request& r = at.request;
     const TileRange range = tile_range(r.seq_len, r.q_len, p.window, plan.tile_shift);
-    const int passes = row_passes(r.q_len, plan.group, kRowsPerTile * NT);
     const RunUnits units = run_units(range.tiles, plan.max_pieces);
-    const int run = (unit - before) / units.units, heads = passes == 1 ? run : run / passes;
-    const int first_row = (run - heads * passes) * kRowsPerTile * NT, left = r.q_len * plan.group - first_row;
-    const int run_begin = before + run * units.units, run_end = run_begin + units.units;
+    const int run = (unit - at.before) / units.units;
+    const RunRows rows = run_rows(plan, kRowsPerPass, place(plan), r, run);
+    const int run_begin = at.before + run * units.units, run_end = run_begin + units.units;
     const int end = plan.max_pieces > 0 ? unit + 1 : stop < run_end ? stop : run_end;
     const int begin_tile = (unit - run_begin) * units.tiles_per_unit,
               end_tile = (end - run_begin) * units.tiles_per_unit;
     if (dev::thread_index() == 0) {
       const auto u = [](int x) { return static_cast<uint32_t>(x); };
-      dev::st_shared(scratch_, uint4{u(end), u(stop), u(before), u(b)});
+      dev::st_shared(scratch_, uint4{u(end), u(stop), u(at.before), u(at.b)});
       dev::st_shared<int32_t>(scratch_ + 16, stretches.units);
     }
     Piece piece;
     piece.table_row = r.table_row;
     piece.seq_len = r.seq_len;
     piece.q_len = r.q_len;
-    piece.rows = {r.first_token, first_row, left < kRowsPerTile * NT ? left : kRowsPerTile * NT, plan.group,
-                  plan.group_magic};
-    piece.kv_head = place(plan).head_group(heads) * plan.heads_per_block;
+    piece.rows = rows.rows;
+    piece.kv_head = rows.kv_head;
     piece.tile_begin = range.first_tile + begin_tile;
     piece.tile_end = range.first_tile + (end_tile < range.tiles ? end_tile : range.tiles);
     piece.unit = unit;

@@ -1,4 +1,5 @@
-// O = softmax(scale * q K^T) V over INT4 rows, for the last query rows of every request, in one launch.
+// O = softmax(scale * q K^T) V over INT4 rows, for the last query rows of every request, in one launch or
+// two (merge_kernel.cuh).
 //
 // Tokens are the M side of both products: S^T = K q'^T and O^T = V^T P^T, so that 8 query rows (one decode step of a
 // GQA group) fill an MMA, and 4 query tokens cost the KV traffic of one. Up to 16 rows of a KV head make a narrow pass
@@ -198,20 +199,6 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
   dev::cp_async_wait<0>();
 }
 
-// Rows of a piece in the order in which they are stored: those of all the block's heads, heads fastest.
-template <int D>
-SAW_INT4_DEVICE void finish_row(const DecodeParams& p, const DecodePlan& plan, const Piece& piece, RowPiece<D>& sum,
-                                int index) {
-  const int head = index & (plan.heads_per_block - 1), row = index >> plan.heads_shift;
-  write_row<D>(p, sum, piece.rows.first_token + piece.rows.token(row),
-               (piece.kv_head + head) * piece.rows.group + piece.rows.head(row));
-}
-
-// Where piece i of the run lies in the workspace.
-SAW_INT4_DEVICE uint8_t* piece_memory(const DecodeParams& p, const DecodePlan& plan, const Share& share, int i) {
-  return static_cast<uint8_t*>(p.workspace) + share.slot(i) * plan.piece_floats * 4;
-}
-
 // The softmax states of the block's warps to finished rows, or to the block's slot of the workspace.
 template <int D, int NT, int kGroups>
 SAW_INT4_DEVICE void write_piece(const DecodeState<D, NT, kGroups>& s, const DecodeParams& p, const DecodePlan& plan,
@@ -236,7 +223,7 @@ SAW_INT4_DEVICE void write_piece(const DecodeState<D, NT, kGroups>& s, const Dec
       RowPiece<D> sum = sum_shared_records<D>(records + (head * parts * kRows + row) * Record<D>::kBytes,
                                               kRows * Record<D>::kBytes, parts);
       if (share.pieces == 1) {
-        finish_row<D>(p, plan, piece, sum, index);
+        finish_row<D>(p, plan, piece.rows, piece.kv_head, sum, index);
       } else {
         uint8_t* to = piece_memory(p, plan, share, share.index) + index * Record<D>::kBytes;
         store_record(sum, [&](int at, const float4& x) { dev::st_global(reinterpret_cast<float4*>(to + at), x); });
@@ -268,7 +255,7 @@ SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, co
           return dev::ld_global_coherent(reinterpret_cast<const float4*>(at(i) + Record<D>::at() + 4 * e));
         });
     if (ways == 1)
-      finish_row<D>(p, plan, piece, sum, row);
+      finish_row<D>(p, plan, piece.rows, piece.kv_head, sum, row);
     else
       store_record(sum, [&](int byte, const float4& x) { dev::st_shared(record + byte, x); });
   }
@@ -277,7 +264,7 @@ SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, co
   const int row = dev::warp_id() >> shift;
   if (way != 0 || row >= rows) return;
   RowPiece<D> sum = sum_shared_records<D>(record, Record<D>::kBytes, ways);
-  finish_row<D>(p, plan, piece, sum, row);
+  finish_row<D>(p, plan, piece.rows, piece.kv_head, sum, row);
 }
 
 // Counts the pieces of a run: the counter of its first query row and head.
@@ -291,12 +278,8 @@ SAW_INT4_DEVICE uint32_t* run_counter(const DecodeParams& p, const Piece& piece)
 SAW_INT4_DEVICE bool arrives_last(uint32_t* counter, int pieces, uint32_t scratch) {
   dev::block_sync();
   if (dev::thread_index() == 0) {
-    dev::thread_fence();
-    const auto before = static_cast<int32_t>(dev::atomic_add_u32(counter, 1));
-    if (before + 1 == pieces) {
-      dev::thread_fence();
-      dev::st_global(counter, 0u);  // for the next launch
-    }
+    const auto before = static_cast<int32_t>(dev::atomic_add_acq_rel_u32(counter, 1));
+    if (before + 1 == pieces) dev::st_global(counter, 0u);  // for the next launch
     dev::st_shared(scratch, before);
   }
   dev::block_sync();
@@ -309,6 +292,7 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * max_warps(NT, kGroups, dev::kLargeSh
     saw_int4_decode_kernel(const DecodeParams p, const DecodePlan plan) {
   const uint32_t scratch = dev::shared_base() + plan.scratch_offset;
   const Cursor<NT> cursor(scratch);
+  dev::let_dependents_start();
   Piece piece = cursor.start(p, plan);
   while (piece.exists()) {
     DecodeState<D, NT, kGroups> state;
@@ -321,7 +305,8 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * max_warps(NT, kGroups, dev::kLargeSh
     const Share share = cursor.kept_share();
     if (kFewRegisters<NT, kGroups>) cursor.recall_rows(piece);
     write_piece<D, NT, kGroups>(state, p, plan, piece, share);
-    if (share.pieces > 1 && arrives_last(run_counter(p, piece), share.pieces, scratch + cursor.kFreeAt))
+    if (share.pieces > 1 && !plan.merge_launch &&
+        arrives_last(run_counter(p, piece), share.pieces, scratch + cursor.kFreeAt))
       merge_run<D>(p, plan, piece, share);
     piece = cursor.next(p, plan);
   }

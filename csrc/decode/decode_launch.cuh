@@ -7,6 +7,7 @@
 
 #include "common/launch.h"
 #include "decode/decode_kernel.cuh"
+#include "decode/merge_kernel.cuh"
 
 namespace saw_int4 {
 
@@ -14,6 +15,10 @@ template <int D, int kGroups>
 void launch_decode(const DecodeParams& p, const DecodePlan& plan, Stream stream) {
   const auto with = [&](auto kernel) {
     launch("saw_int4_decode_kernel", kernel, plan.blocks, plan.warps * 32, plan.shared_bytes, stream, p, plan);
+    if (!plan.merge_launch) return;
+    const MergePlan merge = merge_plan(plan, p.num_requests, p.max_q_len);
+    launch_dependent("saw_int4_decode_merge_kernel", saw_int4_decode_merge_kernel<D>, merge.blocks, kMergeWarps * 32,
+                     kMergeWarps * Record<D>::kBytes, stream, p, plan, merge);
   };
   if (plan.row_tiles == 1) return with(saw_int4_decode_kernel<D, 1, kGroups>);
   if constexpr (max_row_tiles(D, kGroups) >= 2)

@@ -1,7 +1,7 @@
 // Softmax pieces put together: over the warps that share a KV head (shared memory), then over the blocks that share a
-// run of tiles (workspace, read by whichever block counts itself last; no second launch). Pieces are (m, l, O): a
-// reference in log2 units, up to kSlack below the largest logit (softmax.cuh), sum of 2^(logit - m), and sum of
-// 2^(logit - m) v. They are added in a fixed order: same bits in every run.
+// run of tiles (workspace, read by whichever block counts itself last, or by a second launch, merge_kernel.cuh). Pieces
+// are (m, l, O): a reference in log2 units, up to kSlack below the largest logit (softmax.cuh), sum of 2^(logit - m),
+// and sum of 2^(logit - m) v. They are added in a fixed order: same bits in every run.
 //
 // One warp per query row, lane l holds channels l*N .. l*N + N - 1: rotation of the output is a warp's business too.
 #pragma once
@@ -59,6 +59,19 @@ SAW_INT4_DEVICE void write_row(const DecodeParams& p, RowPiece<D>& row, int64_t 
     const float lse = l == 0.f ? -INFINITY : (m + dev::log2_approx(l)) * kLn2;
     dev::st_global(p.lse + out_row, lse);
   }
+}
+
+// The same for a row of a run, in the order in which a piece stores them: those of all its heads, heads fastest.
+template <int D>
+SAW_INT4_DEVICE void finish_row(const DecodeParams& p, const DecodePlan& plan, const QueryRows& rows, int kv_head,
+                                RowPiece<D>& sum, int index) {
+  const int head = index & (plan.heads_per_block - 1), row = index >> plan.heads_shift;
+  write_row<D>(p, sum, rows.first_token + rows.token(row), (kv_head + head) * rows.group + rows.head(row));
+}
+
+// Where piece i of a run lies in the workspace.
+SAW_INT4_DEVICE uint8_t* piece_memory(const DecodeParams& p, const DecodePlan& plan, const Share& share, int i) {
+  return static_cast<uint8_t*>(p.workspace) + share.slot(i) * plan.piece_floats * 4;
 }
 
 // A row of a piece, in shared memory and in the workspace alike: O, then m, l and two words of padding. Records of

@@ -30,6 +30,7 @@ class Registered {
 
 inline void bind_machine(pybind11::module_& m) {
   pybind11::register_exception<Error>(m, "EmulatorError", PyExc_RuntimeError);
+  m.def("last_kernel", [] { return machine().last_kernel(); });
   m.def(
       "configure",
       [](const std::string& order, int resident_blocks, uint32_t seed, int sm_count, uint32_t shared_bytes) {

@@ -264,13 +264,16 @@ inline void st_global_if(bool valid, uint32_t* pointer, uint32_t value, Site sit
   if (valid) st_global(pointer, value, site);
 }
 inline void prefetch_l2(const void*) {}
-inline void thread_fence() {
+inline uint32_t atomic_add_acq_rel_u32(uint32_t* target, uint32_t value, Site site = Site::current()) {
   machine().global().fence(machine().accessor());
-}
-inline uint32_t atomic_add_u32(uint32_t* target, uint32_t value, Site site = Site::current()) {
   const uint32_t before = machine().global().atomic_add(target, value, machine().accessor(), site);
+  machine().global().fence(machine().accessor());
   machine().yield();
   return before;
+}
+inline void let_dependents_start() {}
+inline void wait_for_launch_before() {
+  machine().wait_for_launch_before();
 }
 
 template <int BYTES>

@@ -36,6 +36,10 @@ class EmulatedEngine:
         """
         self._library.configure(**options)
 
+    def last_kernel(self) -> str:
+        """Name of the kernel that was launched last."""
+        return self._library.last_kernel()
+
     def append_kv(self, *args, **options) -> None:
         self._launch("append_kv", arguments(ops.append_kv, *args, **options))
 

@@ -41,8 +41,9 @@ void GlobalMemory::add(const std::string& name, const void* memory, int64_t byte
   }
 }
 
-void GlobalMemory::begin_launch() {
+void GlobalMemory::begin_launch(bool dependent) {
   ++launch_;
+  dependent_ = dependent;
   fences_.clear();
 }
 
@@ -85,6 +86,13 @@ void GlobalMemory::read(void* to, const void* from, uint32_t bytes, bool read_on
   const Allocation& allocation = find("read", from, bytes, Access::kRead, site);
   for_each(allocation, from, bytes, [&](History& history, uintptr_t at) {
     if (read_only_path) history.read_only_in = launch_;
+    if (dependent_ && history.written_in == launch_ - 1) {
+      if (!who.launch_before_ended) {
+        fail(site, text("read of byte ", at, " of ", allocation.name,
+                        ", which the launch before writes, without wait_for_launch_before"));
+      }
+      return;
+    }
     if (history.written_in != launch_) {
       if (allocation.access == static_cast<int>(Access::kScratch)) {
         fail(site, text("read of byte ", at, " of ", allocation.name, ", which this launch has not written"));
@@ -105,7 +113,7 @@ void GlobalMemory::read(void* to, const void* from, uint32_t bytes, bool read_on
       }
     } else if (!fences_.reaches(history.block, history.writer, who.block, who.thread, who.clocks)) {
       fail(site, text("race in global memory: ", writer(),
-                      "; no thread_fence and atomic there, then atomic and thread_fence here, lie in between"));
+                      "; no atomic_add_acq_rel_u32 of the same word there, then here, lies in between"));
     }
   });
   std::memcpy(to, from, bytes);
@@ -113,6 +121,9 @@ void GlobalMemory::read(void* to, const void* from, uint32_t bytes, bool read_on
 
 void GlobalMemory::write(void* to, const void* from, uint32_t bytes, const Accessor& who, const Site& site) {
   const Allocation& allocation = find("write", to, bytes, Access::kWrite, site);
+  if (!who.launch_before_ended) {
+    fail(site, text("global write of ", allocation.name, " without wait_for_launch_before"));
+  }
   const Stamp now = who.clocks.now(who.thread);
   for_each(allocation, to, bytes, [&](History& history, uintptr_t at) {
     if (history.read_only_in == launch_) {

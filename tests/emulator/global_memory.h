@@ -3,7 +3,8 @@
 // Every access must lie inside one allocation that permits it, at its natural alignment. Allocations that are both
 // read and written also remember, per two bytes, who wrote them in this launch: a read by another thread of the
 // block needs a barrier in between, a read by another block needs fences and atomics (fences.h), and the read-only path
-// (ld_global) may never see a byte that the launch writes.
+// (ld_global) may never see a byte that the launch writes. What the launch before wrote, a dependent launch may read
+// once it has waited; it writes nothing before.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +27,7 @@ struct Accessor {
   int block;
   int thread;
   Clocks& clocks;
+  bool launch_before_ended;  // as far as the thread knows
 };
 
 class GlobalMemory {
@@ -34,7 +36,7 @@ class GlobalMemory {
   // (an operator working in place) adds its permission to it.
   void add(const std::string& name, const void* memory, int64_t bytes, Access access);
   void clear() { allocations_.clear(); }
-  void begin_launch();
+  void begin_launch(bool dependent);
 
   void read(void* to, const void* from, uint32_t bytes, bool read_only_path, const Accessor& who, const Site& site);
   void write(void* to, const void* from, uint32_t bytes, const Accessor& who, const Site& site);
@@ -63,6 +65,7 @@ class GlobalMemory {
 
   std::vector<Allocation> allocations_;  // by begin
   uint32_t launch_ = 0;
+  bool dependent_ = false;  // the launch before may be under way
   Fences fences_;
 };
 

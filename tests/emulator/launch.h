@@ -17,10 +17,18 @@ void launch(const char* name, void (*kernel)(KernelArgs...), int grid, int block
                              [&] { kernel(static_cast<std::remove_cvref_t<KernelArgs>>(args)...); });
 }
 
+template <typename... KernelArgs, typename... Args>
+void launch_dependent(const char* name, void (*kernel)(KernelArgs...), int grid, int block, int shared_bytes, Stream,
+                      const Args&... args) {
+  emulator::machine().launch(
+      name, grid, block, static_cast<uint32_t>(shared_bytes),
+      [&] { kernel(static_cast<std::remove_cvref_t<KernelArgs>>(args)...); }, true);
+}
+
 inline DeviceLimits device_limits(int) {
   const emulator::Options& options = emulator::machine().options();
   const auto shared = static_cast<int>(options.shared_bytes);
-  return {options.sm_count, shared + kSharedReservedPerBlock, shared};
+  return {options.sm_count, shared + kSharedReservedPerBlock, shared, true};
 }
 
 }  // namespace saw_int4

@@ -47,7 +47,7 @@ bool same_site(const Site& a, const Site& b) {
 }  // namespace
 
 void Machine::launch(const std::string& kernel, int grid, int block_threads, uint32_t shared_bytes,
-                     std::function<void()> body) {
+                     std::function<void()> body, bool dependent) {
   if (grid <= 0 || block_threads <= 0 || block_threads > kMaxWarps * kWarpSize || block_threads % kWarpSize != 0 ||
       shared_bytes > options_.shared_bytes) {
     throw Error(text("launch of ", kernel, " with ", grid, " blocks of ", block_threads, " threads and ", shared_bytes,
@@ -61,7 +61,8 @@ void Machine::launch(const std::string& kernel, int grid, int block_threads, uin
   shared_bytes_ = shared_bytes;
   body_ = std::move(body);
   error_.clear();
-  global_.begin_launch();
+  dependent_ = dependent;
+  global_.begin_launch(dependent);
   random_.seed(options_.seed);
 
   std::vector<int> order(grid);
@@ -125,6 +126,7 @@ void Machine::start(Block& block, int index) {
     thread.operands.clear();
     thread.product_groups = 0;
     thread.shared_mmas = 0;
+    thread.launch_before_ended = !dependent_;
     thread.stack.prepare(thread.context, &Machine::run_thread);
   }
 }
@@ -191,6 +193,7 @@ void Machine::check_exit(const Thread& thread) {
   if (!thread.operands.empty()) {
     stop(thread.operands.front().site, "thread exits with a shared_mma that was never waited for");
   }
+  if (!thread.launch_before_ended) stop(Site::current(), "thread exits without wait_for_launch_before");
 }
 
 void Machine::exit_thread() {

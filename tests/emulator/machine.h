@@ -64,9 +64,10 @@ struct Thread {
   std::vector<AsyncCopy> copies;  // oldest first
   std::vector<int> groups;        // copies in each committed group, oldest first; the rest are in the open one
   std::vector<Product> products;
-  std::vector<Operands> operands;  // of products not waited for
-  int product_groups = 0;          // committed
-  size_t shared_mmas = 0;          // so far
+  std::vector<Operands> operands;   // of products not waited for
+  int product_groups = 0;           // committed
+  size_t shared_mmas = 0;           // so far
+  bool launch_before_ended = true;  // as far as the thread knows
   Context context;
   FiberStack stack;
 };
@@ -101,15 +102,20 @@ class Machine {
   static Machine& the() { return the_; }
 
   GlobalMemory& global() { return global_; }
+  const std::string& last_kernel() const { return kernel_; }
   Options& options() { return options_; }
 
   // Runs the grid to its end. Throws Error for whatever is wrong with the kernel; the machine is usable after that.
-  void launch(const std::string& kernel, int grid, int block_threads, uint32_t shared_bytes,
-              std::function<void()> body);
+  // dependent: the launch before may be under way until a thread has waited for it.
+  void launch(const std::string& kernel, int grid, int block_threads, uint32_t shared_bytes, std::function<void()> body,
+              bool dependent = false);
 
   // For the intrinsics, from inside a kernel.
   Thread& current() { return *current_; }
-  Accessor accessor() { return {current_->block->index, current_->index, current_->block->clocks}; }
+  Accessor accessor() {
+    return {current_->block->index, current_->index, current_->block->clocks, current_->launch_before_ended};
+  }
+  void wait_for_launch_before() { current_->launch_before_ended = true; }
   int grid() const { return grid_; }
   int block_threads() const { return block_threads_; }
   uint32_t shared_bytes() const { return shared_bytes_; }
@@ -161,6 +167,7 @@ class Machine {
   std::string kernel_;
   int grid_ = 0, block_threads_ = 0;
   uint32_t shared_bytes_ = 0;
+  bool dependent_ = false;
   std::function<void()> body_;
   std::vector<std::unique_ptr<Block>> blocks_;
   Thread* current_ = nullptr;

@@ -297,57 +297,81 @@ SAW_INT4_KERNEL stale_workspace(Params p) {
   output(p, ld_global_coherent(mine));
 }
 
-// The last block to arrive finishes for all: partials, fence, barrier, count; barrier, fence, and the last one reads
-// everything. Without any one of these the partials need not have arrived.
-enum class Omit { kNothing, kFence, kBarrier, kReadersFence };
+// The last block to arrive finishes for all: partials, barrier, count; barrier, and the last one reads everything.
+// Without any one of these the partials need not have arrived.
+enum class Omit { kNothing, kOrder, kBarrier };
+
+// An atomic that orders nothing.
+uint32_t relaxed_add(uint32_t* word, uint32_t value) {
+  emulator::Machine& m = emulator::machine();
+  return m.global().atomic_add(word, value, m.accessor(), Site::current());
+}
 
 template <Omit kOmit>
 void last_block_finishes(Params p) {
   const int t = thread_index();
   st_global(p.workspace + 1 + block_index() * kThreads + t, input(p, t));
-  if (kOmit != Omit::kFence) thread_fence();
   if (kOmit != Omit::kBarrier) block_sync();
-  if (t == 0) st_shared(word(0), atomic_add_u32(p.workspace, 1));
-  block_sync();
-  const bool last = ld_shared<uint32_t>(word(0)) == kBlocks - 1;
-  if (kOmit != Omit::kReadersFence) thread_fence();
-  if (!last) return;
-  for (int b = 0; b < kBlocks; ++b) {
-    st_global(p.out + b * kThreads + t, ld_global_coherent(p.workspace + 1 + b * kThreads + t));
-  }
-}
-
-template <bool kPlanted>
-SAW_INT4_KERNEL missing_fence(Params p) {
-  last_block_finishes<kPlanted ? Omit::kFence : Omit::kNothing>(p);
-}
-template <bool kPlanted>
-SAW_INT4_KERNEL missing_barrier_before_count(Params p) {
-  last_block_finishes<kPlanted ? Omit::kBarrier : Omit::kNothing>(p);
-}
-template <bool kPlanted>
-SAW_INT4_KERNEL missing_fence_of_reader(Params p) {
-  last_block_finishes<kPlanted ? Omit::kReadersFence : Omit::kNothing>(p);
-}
-
-// One thread's fence covers what others wrote before the barrier, and nothing that it writes itself after the fence.
-template <bool kPlanted>
-SAW_INT4_KERNEL write_after_fence(Params p) {
-  const int t = thread_index();
-  uint32_t* mine = p.workspace + 1 + block_index() * kThreads + t;
-  if (!kPlanted || t != 0) st_global(mine, input(p, t));
-  block_sync();
   if (t == 0) {
-    thread_fence();
-    if (kPlanted) st_global(mine, input(p, t));
-    st_shared(word(0), atomic_add_u32(p.workspace, 1));
-    thread_fence();
+    st_shared(word(0), kOmit == Omit::kOrder ? relaxed_add(p.workspace, 1) : atomic_add_acq_rel_u32(p.workspace, 1));
   }
   block_sync();
   if (ld_shared<uint32_t>(word(0)) != kBlocks - 1) return;
   for (int b = 0; b < kBlocks; ++b) {
     st_global(p.out + b * kThreads + t, ld_global_coherent(p.workspace + 1 + b * kThreads + t));
   }
+}
+
+template <bool kPlanted>
+SAW_INT4_KERNEL relaxed_count(Params p) {
+  last_block_finishes<kPlanted ? Omit::kOrder : Omit::kNothing>(p);
+}
+template <bool kPlanted>
+SAW_INT4_KERNEL missing_barrier_before_count(Params p) {
+  last_block_finishes<kPlanted ? Omit::kBarrier : Omit::kNothing>(p);
+}
+
+// The count covers what others wrote before the barrier, and nothing that comes after it.
+template <bool kPlanted>
+SAW_INT4_KERNEL write_after_count(Params p) {
+  const int t = thread_index();
+  uint32_t* mine = p.workspace + 1 + block_index() * kThreads + t;
+  if (!kPlanted || t != 0) st_global(mine, input(p, t));
+  block_sync();
+  if (t == 0) {
+    st_shared(word(0), atomic_add_acq_rel_u32(p.workspace, 1));
+    if (kPlanted) st_global(mine, input(p, t));
+  }
+  block_sync();
+  if (ld_shared<uint32_t>(word(0)) != kBlocks - 1) return;
+  for (int b = 0; b < kBlocks; ++b) {
+    st_global(p.out + b * kThreads + t, ld_global_coherent(p.workspace + 1 + b * kThreads + t));
+  }
+}
+
+// The second of two launches, which depends on what the first (launch_before) writes.
+SAW_INT4_KERNEL launch_before(Params p) {
+  st_global(p.workspace + 1 + block_index() * kThreads + thread_index(), input(p, thread_index()));
+}
+template <bool kPlanted>
+SAW_INT4_KERNEL read_before_launch_ended(Params p) {
+  uint32_t* mine = p.workspace + 1 + block_index() * kThreads + thread_index();
+  if (!kPlanted) wait_for_launch_before();
+  const uint32_t x = ld_global_coherent(mine);
+  wait_for_launch_before();
+  output(p, x);
+}
+template <bool kPlanted>
+SAW_INT4_KERNEL write_before_launch_ended(Params p) {
+  if (!kPlanted) wait_for_launch_before();
+  output(p, input(p, thread_index()));
+  wait_for_launch_before();
+}
+template <bool kPlanted>
+SAW_INT4_KERNEL exit_before_launch_ended(Params p) {
+  if (kPlanted && thread_index() == 7) return;
+  wait_for_launch_before();
+  output(p, input(p, thread_index()));
 }
 
 template <bool kPlanted>
@@ -396,10 +420,12 @@ const std::map<std::string, Case> kCases = {CASE(missing_barrier),
                                             CASE(read_of_output),
                                             CASE(read_only_path_of_written),
                                             CASE(missing_barrier_global),
-                                            CASE(missing_fence),
+                                            CASE(relaxed_count),
                                             CASE(missing_barrier_before_count),
-                                            CASE(missing_fence_of_reader),
-                                            CASE(write_after_fence),
+                                            CASE(write_after_count),
+                                            CASE(read_before_launch_ended),
+                                            CASE(write_before_launch_ended),
+                                            CASE(exit_before_launch_ended),
                                             CASE(stale_workspace),
                                             CASE(traps)};
 #undef CASE
@@ -422,8 +448,14 @@ std::vector<uint32_t> run(const std::string& name, bool planted) {
   Registered registered({{"in", in, 4 * kWords, Access::kRead},
                          {"out", out, 4 * kWords, Access::kWrite},
                          {"workspace", workspace, 4 * (kWords + 1), Access::kScratch}});
-  launch(name.c_str(), planted ? kernels.planted : kernels.right, kBlocks, kThreads, 2 * kThreads * 4, nullptr,
-         Params{in, out, workspace});
+  const Params params{in, out, workspace};
+  const auto kernel = planted ? kernels.planted : kernels.right;
+  if (name.ends_with("launch_ended")) {
+    launch("launch_before", launch_before, kBlocks, kThreads, 0, nullptr, params);
+    launch_dependent(name.c_str(), kernel, kBlocks, kThreads, 0, nullptr, params);
+  } else {
+    launch(name.c_str(), kernel, kBlocks, kThreads, 2 * kThreads * 4, nullptr, params);
+  }
   return {out, out + kWords};
 }
 

@@ -58,10 +58,12 @@ PLANTED = {
     "read_of_output": r"global read of out, which the kernel may not read",
     "read_only_path_of_written": r"read-only path of memory that this launch writes",
     "missing_barrier_global": r"race in global memory: .* with no barrier in between|has not written",
-    "missing_fence": r"race in global memory: .*; no thread_fence and atomic there, then atomic",
-    "missing_barrier_before_count": r"race in global memory: .*; no thread_fence and atomic there, then atomic",
-    "missing_fence_of_reader": r"race in global memory: .*; no thread_fence and atomic there, then atomic",
-    "write_after_fence": r"race in global memory: .*thread 0 .*; no thread_fence and atomic there, then atomic",
+    "relaxed_count": r"race in global memory: .*; no atomic_add_acq_rel_u32 of the same word there, then here",
+    "missing_barrier_before_count": r"race in global memory: .*; no atomic_add_acq_rel_u32 of the same word there",
+    "write_after_count": r"race in global memory: .*thread 0 .*; no atomic_add_acq_rel_u32 of the same word there",
+    "read_before_launch_ended": r"read of byte \d+ of workspace, which the launch before writes, without wait_for",
+    "write_before_launch_ended": r"global write of out without wait_for_launch_before",
+    "exit_before_launch_ended": r"thread 7 .*exits without wait_for_launch_before",
     "stale_workspace": r"thread 7 .*read of byte \d+ of workspace, which this launch has not written",
     "traps": r"block 1, thread 33 \(warp 1, lane 1\).*trap",
 }
@@ -86,7 +88,8 @@ def test_planted_bug_is_caught(emulator, schedule, name):
     with pytest.raises(emulator.EmulatorError, match=PLANTED[name]) as caught:
         emulator.run(name, True)
     assert str(caught.value).startswith(f"{name}, block ")
-    assert "tests/emulator/selftest.cpp:" in str(caught.value)
+    if name != "exit_before_launch_ended":  # of what a thread has not done there is no line
+        assert "tests/emulator/selftest.cpp:" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", sorted(PLANTED))

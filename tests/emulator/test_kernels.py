@@ -41,6 +41,33 @@ def test_decode_gives_the_same_bits_in_any_block_order(emulated, sm_count):
         assert_equal(lse, expected_lse, f"lse with {schedule}")
 
 
+# Few rows, and many blocks that could share a run: merged by a second launch. Two heads per block, and several pieces a
+# warp; a request without query rows; passes that one of the requests does not have; what only the end of a row needs; a
+# wide pass.
+MERGED = {
+    "two_heads": DecodeCase(num_q_heads=8, num_kv_heads=2, seq_lens=(2300,), q_lens=(1,)),
+    "ragged": DecodeCase(num_q_heads=4, num_kv_heads=1, seq_lens=(300, 90, 130), q_lens=(2, 0, 1)),
+    "passes": DecodeCase(head_dim=80, num_q_heads=2, num_kv_heads=1, seq_lens=(300, 300), q_lens=(5, 1), window=250),
+    "end_of_row": DecodeCase(num_q_heads=6, num_kv_heads=2, seq_lens=(450,), q_lens=(1,), rotate_v=True, sink=True),
+    "wide": DecodeCase(head_dim=128, num_q_heads=8, num_kv_heads=1, seq_lens=(500,), q_lens=(4,)),
+    "two_groups": DecodeCase(head_dim=256, num_q_heads=8, num_kv_heads=1, seq_lens=(350,), q_lens=(1,), groups=2),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_decode_merges_in_a_second_launch(emulated, name):
+    inputs = make_decode(MERGED[name])
+    oracle, oracle_lse = reference.decode_attention(*inputs.positional(), **inputs.options)
+    first = None
+    for schedule in SCHEDULES[:2] + SCHEDULES[-2:-1]:
+        out, lse = decode(emulated, inputs, sm_count=80, **schedule)
+        assert emulated.last_kernel() == "saw_int4_decode_merge_kernel"
+        assert (out.double() - oracle).abs().max() < 0.02 and (lse.double() - oracle_lse).abs().max() < 0.01
+        first = first or (out, lse)
+        assert_equal(out, first[0])
+        assert_equal(lse, first[1])
+
+
 def test_decode_leaves_its_counters_at_zero(emulated):
     inputs = make_decode(CASE)
     rows, heads, _ = inputs.q.shape

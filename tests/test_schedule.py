@@ -91,6 +91,9 @@ int main() {
           const bool whole = kv_heads % plan.heads_per_block == 0 && plan.ways * plan.heads_per_block == plan.warps &&
                              plan.ways >= (is_wide(plan.row_tiles) ? kWideWays : 1);
           check(whole, "heads do not divide", shape, device);
+          const int turns = wide_copy_turns(head_dim, groups) * plan.warps * 32;
+          const bool copied = plan.stage_tokens * plan.chunks_per_token <= turns;
+          check(!is_wide(plan.row_tiles) || plan.chunk_bytes < 16 || copied, "copies left over", shape, device);
           check(plan.stages >= 2 && plan.stages <= kMaxStages, "no pipeline", shape, device);
           const bool one_wave = merge_plan(plan, requests, rows).blocks <= 2 * device.sm_count;
           const bool may_depend = device.dependent_launches && !invariant && one_wave;

@@ -61,30 +61,27 @@ SAW_INT4_DEVICE SharedOperand shared_operand(uint32_t base, int bytes) {
   constexpr uint64_t kAlongK = 4 * 128 / 16, kAlongN = 128 / 16;
   return {((base & 0x3ffffu) >> 4 | kAlongK << 16 | kAlongN << 32) + (bytes >> 4)};
 }
+// kind: "=f" for d = A B, "+f" for d += A B, which also says adds = "1".
+#define SAW_INT4_WGMMA(kind, adds)                                                                                 \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " adds                                                            \
+               ", 0;\n"                                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "                                               \
+               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, %21;\n}" \
+               : kind(d[0][0]), kind(d[0][1]), kind(d[0][2]), kind(d[0][3]), kind(d[1][0]), kind(d[1][1]),         \
+                 kind(d[1][2]), kind(d[1][3]), kind(d[2][0]), kind(d[2][1]), kind(d[2][2]), kind(d[2][3]),         \
+                 kind(d[3][0]), kind(d[3][1]), kind(d[3][2]), kind(d[3][3])                                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "n"(kRowsOfB ? 1 : 0))
 // d[nt] = A B[nt]. A as in mma_m16n8k16, d[nt] as D there.
 template <bool kRowsOfB>
 SAW_INT4_DEVICE void shared_mma_first(float (&d)[4][4], const uint32_t (&a)[4], SharedOperand b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, %21;\n}"
-      : "=f"(d[0][0]), "=f"(d[0][1]), "=f"(d[0][2]), "=f"(d[0][3]), "=f"(d[1][0]), "=f"(d[1][1]), "=f"(d[1][2]),
-        "=f"(d[1][3]), "=f"(d[2][0]), "=f"(d[2][1]), "=f"(d[2][2]), "=f"(d[2][3]), "=f"(d[3][0]), "=f"(d[3][1]),
-        "=f"(d[3][2]), "=f"(d[3][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "n"(kRowsOfB ? 1 : 0));
+  SAW_INT4_WGMMA("=f", "0");
 }
 // d[nt] += A B[nt].
 template <bool kRowsOfB>
 SAW_INT4_DEVICE void shared_mma(float (&d)[4][4], const uint32_t (&a)[4], SharedOperand b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, %21;\n}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-        "+f"(d[3][2]), "+f"(d[3][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "n"(kRowsOfB ? 1 : 0));
+  SAW_INT4_WGMMA("+f", "1");
 }
+#undef SAW_INT4_WGMMA
 // What this thread stored to shared memory is seen by shared_mma after a barrier.
 SAW_INT4_DEVICE void publish_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -62,6 +62,13 @@ constexpr int token_tiles(int head_dim, int row_tiles, int groups) {
   return head_dim == 128 && row_tiles == 2 ? 1 : 2;
 }
 
+// Turns, at most, in which the threads of a wide pass request a stage: a chunk of 16 bytes of K and of V each. A head's
+// row may begin anywhere in a chunk.
+constexpr int wide_copy_turns(int head_dim, int groups) {
+  const int chunks = (row_bytes(head_dim, groups) + 12 + 15) / 16;
+  return (tokens_per_warp(4, groups) * chunks + 31) / 32;
+}
+
 // Tiles are what work is divided into. With one row tile they are half a stage, so that short contexts reach twice as
 // many blocks; with more, the code for half a stage would cost registers.
 constexpr int tiles_per_stage(int row_tiles) {

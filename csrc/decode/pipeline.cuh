@@ -79,11 +79,10 @@ struct StageCopy {
   }
   // Turn t of a thread that does not request all at once.
   SAW_INT4_DEVICE void turn(int t) const { request(thread + t * dev::thread_count()); }
-  // All turns from `first` on.
   template <int kUnroll>
-  SAW_INT4_DEVICE void turns(int first) const {
+  SAW_INT4_DEVICE void all_turns() const {
     SAW_INT4_UNROLL_BY(kUnroll)
-    for (int i = thread + first * dev::thread_count(); i < chunks; i += dev::thread_count()) request(i);
+    for (int i = thread; i < chunks; i += dev::thread_count()) request(i);
   }
 };
 
@@ -91,11 +90,11 @@ struct StageCopy {
 SAW_INT4_DEVICE void copy_stage(const DecodeParams& p, const DecodePlan& plan, const TileSource& source, int tokens,
                                 uint32_t slots_addr, uint32_t stage_addr) {
   if (plan.chunk_bytes == 16)
-    StageCopy<16>(p, plan, source, dev::thread_index(), tokens, slots_addr, stage_addr).turns<4>(0);
+    StageCopy<16>(p, plan, source, dev::thread_index(), tokens, slots_addr, stage_addr).all_turns<4>();
   else if (plan.chunk_bytes == 8)
-    StageCopy<8>(p, plan, source, dev::thread_index(), tokens, slots_addr, stage_addr).turns<2>(0);
+    StageCopy<8>(p, plan, source, dev::thread_index(), tokens, slots_addr, stage_addr).all_turns<2>();
   else
-    StageCopy<4>(p, plan, source, dev::thread_index(), tokens, slots_addr, stage_addr).turns<2>(0);
+    StageCopy<4>(p, plan, source, dev::thread_index(), tokens, slots_addr, stage_addr).all_turns<2>();
 }
 
 // Waits until the oldest of the (stages - 1) copies in flight has landed.

@@ -63,8 +63,8 @@ SAW_INT4_DEVICE void multiply_keys(float (&w)[MT][kGroups][NT][4], uint32_t quer
   using Layout = QueryLayout<D, NT, kGroups>;
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4;
   constexpr int kWordsOfToken = D / 32, kSteps = MT * kWordsOfToken;
-  // No plan needs more than 5 turns. Elsewhere than on sm_90 a register is missing, and the fifth follows the loop.
-  constexpr int kMostTurns = dev::kMeasuredArch ? 5 : 4, kCopyTurns = kSteps < kMostTurns ? kSteps : kMostTurns;
+  constexpr int kTurns = wide_copy_turns(D, kGroups);
+  static_assert(kTurns <= kSteps);
   const uint32_t first = k_row + g * stride + 4 * c;
   uint32_t words[2][2];  // of a step and of the next: tokens g and g + 8
   const auto load = [&](int step) {
@@ -74,6 +74,7 @@ SAW_INT4_DEVICE void multiply_keys(float (&w)[MT][kGroups][NT][4], uint32_t quer
   };
   load(0);
   uint32_t a[2][2][4];  // two words' operands: one is unpacked while the other is multiplied
+  int turn = 0;
   SAW_INT4_UNROLL
   for (int step = 0; step < kSteps; ++step) {
     const int mt = step / kWordsOfToken, j = step % kWordsOfToken;
@@ -91,20 +92,20 @@ SAW_INT4_DEVICE void multiply_keys(float (&w)[MT][kGroups][NT][4], uint32_t quer
     }
     dev::shared_mma_begin(mine);
     // Channels 0 .. 3 of the word, then 4 .. 7.
-    const auto b = [&](int pair) { return dev::shared_operand(query, Layout::pair_at(0, 4 * j, pair)); };
-    if (j == 0)
-      dev::shared_mma_first<false>(w[mt][0], mine[0], b(0));
-    else
-      dev::shared_mma<false>(w[mt][0], mine[0], b(0));
-    if (j == 0 && kGroups > 1)
-      dev::shared_mma_first<false>(w[mt][kGroups - 1], mine[1], b(2));
-    else
-      dev::shared_mma<false>(w[mt][kGroups - 1], mine[1], b(2));
+    SAW_INT4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      auto& sums = w[mt][half * (kGroups - 1)];
+      const auto b = dev::shared_operand(query, Layout::pair_at(0, 4 * j, 2 * half));
+      if (j == 0 && half < kGroups)
+        dev::shared_mma_first<false>(sums, mine[half], b);
+      else
+        dev::shared_mma<false>(sums, mine[half], b);
+    }
     dev::shared_mma_commit();
-    if (step < kCopyTurns) copy.turn(step);
+    // At every other step, and the last ones.
+    if (turn < kTurns && (step == 2 * turn || step == kSteps - kTurns + turn)) copy.turn(turn++);
     if (step > 0) dev::shared_mma_wait<1>(a[(step - 1) % 2]);
   }
-  copy.template turns<1>(kCopyTurns);
   dev::shared_mma_wait<0>(a[(kSteps - 1) % 2]);
   SAW_INT4_UNROLL
   for (int mt = 0; mt < MT; ++mt) {
@@ -134,7 +135,7 @@ SAW_INT4_DEVICE void agree(WideState<D, NT, kGroups>& s, float (&w)[MT][kGroups]
       for (int mt = 0; mt < MT; ++mt) top = dev::fmax(top, dev::fmax(w[mt][0][nt][u], w[mt][0][nt][u + 2]));
       SAW_INT4_UNROLL
       for (int mask = 4; mask < 32; mask *= 2) top = dev::fmax(top, dev::shfl_xor(top, mask));
-      if (g == 0) dev::st_shared(four.weights + way * kBytes + (nt * kRowsPerTile + 2 * c + u) * 4, top);
+      if (dev::lane_id() < 4) dev::st_shared(four.weights + way * kBytes + (nt * kRowsPerTile + 2 * c + u) * 4, top);
     }
   }
   dev::four_warps_sync();

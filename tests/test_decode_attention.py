@@ -178,8 +178,10 @@ def test_float32_on_the_cpu(cpu_engine, head_dim):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_damage_reaches_only_who_attends_to_it(engine, groups):
-    inputs = make_decode(replace(BASE, seq_lens=(40,) * 3, q_lens=(2,) * 3, num_kv_heads=2, window=-1, groups=groups))
+@pytest.mark.parametrize("queries", [2, 10], ids=["narrow", "wide"])
+def test_damage_reaches_only_who_attends_to_it(engine, queries, groups):
+    case = replace(BASE, head_dim=128, seq_lens=(40,) * 3, q_lens=(2,) * 3, num_q_heads=2 * queries, num_kv_heads=2)
+    inputs = make_decode(replace(case, groups=groups))
     clean = run(engine, inputs)[0]
     slots = inputs.slot_table[inputs.table_rows[1]]
     inputs.k_cache[slots[39], 0, -4 * groups :] = (
@@ -188,10 +190,12 @@ def test_damage_reaches_only_who_attends_to_it(engine, groups):
     inputs.v_cache[slots[5], 1, -4 * groups :] = 0xFF  # V of head 1 at an old token: both rows
     last = inputs.slot_table[inputs.table_rows[2], 39]
     inputs.v_cache[last, 0, -4 * groups :] = 0xFF  # V of head 0 at the last token of request 2: its second row only
-    out = run(engine, inputs)[0].view(3, 2, 2, 2, -1)  # request, row, KV head, query of its group
+    out, lse = run(engine, inputs)
+    out = out.view(3, 2, 2, queries, -1)  # request, row, KV head, query of its group
     assert out[1, 1, 0].isnan().all()
     assert out[1, :, 1].isnan().all()
     assert out[2, 1, 0].isnan().all()
+    assert lse.view(3, 2, 2, queries)[1:, :, 1].isfinite().all()  # of V only
     out[1, 1, 0] = out[1, :, 1] = out[2, 1, 0] = 0
     expected = clean.view_as(out).clone()
     expected[1, 1, 0] = expected[1, :, 1] = expected[2, 1, 0] = 0

@@ -43,7 +43,7 @@ constexpr bool is_wide(int row_tiles) {
 // Most warps of a block, and blocks of so many per SM that the registers allow (128 or 255 per thread). Two groups per
 // row have a second set of products and weights; 16 warps need much shared memory.
 constexpr int max_warps(int row_tiles, int groups, bool large_shared) {
-  return is_wide(row_tiles) && groups == 1 && large_shared ? kWideWarps : kNarrowWarps;
+  return is_wide(row_tiles) && large_shared ? kWideWarps : kNarrowWarps;
 }
 constexpr int blocks_by_registers(int head_dim, int row_tiles, int groups) {
   if (is_wide(row_tiles)) return 1;
@@ -91,10 +91,16 @@ constexpr int query_bytes(int head_dim, int row_tiles) {
   return row_tiles * (query_words_per_lane(head_dim) * 512 + kRowsPerTile * kScoreTermsBytes);
 }
 
-// Shared memory where four warps of a wide pass meet: the weights of their tokens, the reference logits of their rows.
+// Shared memory where four warps of a wide pass meet: the weights of their tokens; of two groups, the parameters of V's
+// rows; the reference logits of their rows.
+constexpr int four_weights_bytes(int row_tiles, int groups) {
+  return kWideWays * tokens_per_warp(row_tiles, groups) * row_tiles * kRowsPerTile * 2;
+}
+constexpr int four_params_bytes(int row_tiles, int groups) {
+  return groups == 1 ? 0 : kWideWays * tokens_per_warp(row_tiles, groups) * groups * 8;
+}
 constexpr int four_warps_bytes(int row_tiles, int groups) {
-  const int rows = row_tiles * kRowsPerTile;
-  return kWideWays * tokens_per_warp(row_tiles, groups) * rows * 2 * groups + rows * 4;
+  return four_weights_bytes(row_tiles, groups) + four_params_bytes(row_tiles, groups) + row_tiles * kRowsPerTile * 4;
 }
 
 // Shapes of a launch, known at capture time.

@@ -33,12 +33,12 @@ SAW_INT4_DEVICE int uniform_warp_id() {
 template <int D, int NT, int kGroups>
 SAW_INT4_DEVICE WideWarp wide_warp(const DecodePlan& plan, int warp) {
   const uint32_t base = dev::shared_base();
-  const int rows = NT * kRowsPerTile;
   WideWarp four;
   four.way = warp % kWideWays;
   four.query = base + plan.query_offset + (warp >> plan.ways_shift) * query_bytes(D, NT);
   four.weights = base + plan.fours_offset + warp / kWideWays * four_warps_bytes(NT, kGroups);
-  four.references = four.weights + four_warps_bytes(NT, kGroups) - rows * 4;
+  four.v_params = four.weights + four_weights_bytes(NT, kGroups);
+  four.references = four.v_params + four_params_bytes(NT, kGroups);
   return four;
 }
 

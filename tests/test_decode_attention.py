@@ -152,7 +152,7 @@ def test_huge_and_tiny_queries(engine, q_lens):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kilobytes", [99, 163])
 def test_plans_of_gpus_with_less_shared_memory_match_float64(emulated, kilobytes, name):
-    """What sm_86, 89 and 120 (99) and sm_80 (163) run: wide passes of 4 or 8 warps instead of 16 (test_schedule.py)."""
+    """Plans of sm_86, 89 and 120 (99) and sm_80 (163), run by sm_90's kernels: wide passes of 4 or 8 warps, not 16."""
     emulated.configure(shared_bytes=kilobytes * 1024)
     try:
         check_case(emulated, CASES[name])

@@ -33,7 +33,8 @@ inline void bind_machine(pybind11::module_& m) {
   m.def("last_kernel", [] { return machine().last_kernel(); });
   m.def(
       "configure",
-      [](const std::string& order, int resident_blocks, uint32_t seed, int sm_count, uint32_t shared_bytes) {
+      [](const std::string& order, int resident_blocks, uint32_t seed, int sm_count, uint32_t shared_bytes,
+         bool dependent_launches) {
         Options& options = machine().options();
         if (order == "ascending") {
           options.order = BlockOrder::kAscending;
@@ -48,9 +49,11 @@ inline void bind_machine(pybind11::module_& m) {
         options.seed = seed;
         options.sm_count = sm_count;
         options.shared_bytes = shared_bytes;
+        options.dependent_launches = dependent_launches;
       },
       pybind11::arg("order") = "ascending", pybind11::arg("resident_blocks") = 1, pybind11::arg("seed") = 0,
-      pybind11::arg("sm_count") = Options().sm_count, pybind11::arg("shared_bytes") = Options().shared_bytes);
+      pybind11::arg("sm_count") = Options().sm_count, pybind11::arg("shared_bytes") = Options().shared_bytes,
+      pybind11::arg("dependent_launches") = Options().dependent_launches);
 }
 
 }  // namespace saw_int4::emulator

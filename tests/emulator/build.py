@@ -108,7 +108,8 @@ def load_library(module: str, sources: tuple[Path, ...], link_torch: bool = Fals
             part = library.with_suffix(".part")
             run([compiler(), "-shared", *map(str, objects), *(torch_flags if link_torch else []), "-o", str(part)])
             part.rename(library)
-    spec = importlib.util.spec_from_file_location(module, library)
+    # The key, as of one full name pybind11 would return the same module again.
+    spec = importlib.util.spec_from_file_location(f"{key}.{module}", library)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"emulator: {library} cannot be imported")
     loaded = importlib.util.module_from_spec(spec)

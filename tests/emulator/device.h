@@ -43,7 +43,11 @@ namespace saw_int4::dev {
 using emulator::machine;
 using emulator::Site;
 
+#ifdef SAW_INT4_EMULATE_OTHER_ARCH
+inline constexpr bool kMeasuredArch = false;
+#else
 inline constexpr bool kMeasuredArch = true;
+#endif
 inline constexpr bool kLargeShared = true;
 
 inline int thread_index() {

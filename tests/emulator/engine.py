@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ SOURCES = (
     build.HERE / "transform_op.cpp",
     *sorted((build.ROOT / "csrc" / "decode").glob("decode_cuda_*.cu")),
 )
+# The same, but head_dim 64 with two groups as for other architectures than sm_90.
+OTHER_ARCH_SOURCES = tuple(
+    build.HERE / "decode_other_arch.cpp" if source.name == "decode_cuda_d64_two_groups.cu" else source
+    for source in SOURCES
+)
 
 
 class EmulatedEngine:
@@ -25,14 +31,15 @@ class EmulatedEngine:
     name = "emulated"
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
-        self._library = build.load_library("_emulated_ops", SOURCES, link_torch=True)
+    def __init__(self, sources: tuple[Path, ...]) -> None:
+        self._library = build.load_library("_emulated_ops", sources, link_torch=True)
         self._workspaces: dict[tuple[int, int, bool], Tensor] = {}
 
     def configure(self, **options):
         """How later launches run: block ``order`` "ascending", "descending" or "shuffled"; ``resident_blocks`` in
         flight at a time; ``seed`` of whatever is random; ``sm_count`` of the pretended device, ``shared_bytes`` that a
-        block of it may have. What is not named is as at first: one block after the other, on 4 SMs of an H100.
+        block of it may have, and whether it has ``dependent_launches``. What is not named is as at first: one block
+        after the other, on 4 SMs of an H100.
         """
         self._library.configure(**options)
 
@@ -88,10 +95,12 @@ def to_be_written(like: Tensor, out: Tensor | None) -> Tensor:
     return torch.full(like.shape, float("nan"), dtype=like.dtype) if out is None else out
 
 
-def load() -> EmulatedEngine:
+def load(*, other_arch: bool = False) -> EmulatedEngine:
     """Compile the emulated operators if need be (a minute or two, once per content), and return the engine.
+
+    other_arch: decode of head_dim 64 with two groups is what GPUs other than sm_90 run.
 
     Raises:
         RuntimeError: there is no C++ compiler, or a kernel does not compile.
     """
-    return EmulatedEngine()
+    return EmulatedEngine(OTHER_ARCH_SOURCES if other_arch else SOURCES)

@@ -48,7 +48,7 @@ void GlobalMemory::begin_launch(bool dependent) {
 }
 
 GlobalMemory::Allocation& GlobalMemory::find(const char* verb, const void* pointer, uint32_t bytes, Access access,
-                                             const Site& site) {
+                                             const Accessor& who, const Site& site) {
   const auto begin = reinterpret_cast<uintptr_t>(pointer);
   const auto after = std::ranges::upper_bound(allocations_, begin, {}, &Allocation::begin);
   Allocation* below = after == allocations_.begin() ? nullptr : &*std::prev(after);
@@ -69,6 +69,9 @@ GlobalMemory::Allocation& GlobalMemory::find(const char* verb, const void* point
     fail(site, text("global ", verb, " of ", below->name, ", which the kernel may not ",
                     access == Access::kRead ? "read" : "write"));
   }
+  if (access != Access::kRead && !who.launch_before_ended) {
+    fail(site, text("global ", verb, " of ", below->name, " without wait_for_launch_before"));
+  }
   return *below;
 }
 
@@ -83,13 +86,17 @@ void GlobalMemory::for_each(const Allocation& allocation, const void* pointer, u
 
 void GlobalMemory::read(void* to, const void* from, uint32_t bytes, bool read_only_path, const Accessor& who,
                         const Site& site) {
-  const Allocation& allocation = find("read", from, bytes, Access::kRead, site);
+  const Allocation& allocation = find("read", from, bytes, Access::kRead, who, site);
   for_each(allocation, from, bytes, [&](History& history, uintptr_t at) {
     if (read_only_path) history.read_only_in = launch_;
     if (dependent_ && history.written_in == launch_ - 1) {
       if (!who.launch_before_ended) {
         fail(site, text("read of byte ", at, " of ", allocation.name,
                         ", which the launch before writes, without wait_for_launch_before"));
+      }
+      if (read_only_path) {
+        fail(site, text("read of byte ", at, " of ", allocation.name,
+                        ", which the launch before writes, through the read-only path; use ld_global_coherent"));
       }
       return;
     }
@@ -120,10 +127,7 @@ void GlobalMemory::read(void* to, const void* from, uint32_t bytes, bool read_on
 }
 
 void GlobalMemory::write(void* to, const void* from, uint32_t bytes, const Accessor& who, const Site& site) {
-  const Allocation& allocation = find("write", to, bytes, Access::kWrite, site);
-  if (!who.launch_before_ended) {
-    fail(site, text("global write of ", allocation.name, " without wait_for_launch_before"));
-  }
+  const Allocation& allocation = find("write", to, bytes, Access::kWrite, who, site);
   const Stamp now = who.clocks.now(who.thread);
   for_each(allocation, to, bytes, [&](History& history, uintptr_t at) {
     if (history.read_only_in == launch_) {
@@ -136,7 +140,7 @@ void GlobalMemory::write(void* to, const void* from, uint32_t bytes, const Acces
 }
 
 uint32_t GlobalMemory::atomic_add(uint32_t* target, uint32_t value, const Accessor& who, const Site& site) {
-  find("atomic", target, sizeof(uint32_t), Access::kReadWrite, site);
+  find("atomic", target, sizeof(uint32_t), Access::kReadWrite, who, site);
   fences_.atomic(who.block, who.thread, who.clocks, target);
   const uint32_t before = *target;
   *target = before + value;

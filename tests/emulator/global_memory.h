@@ -4,7 +4,7 @@
 // read and written also remember, per two bytes, who wrote them in this launch: a read by another thread of the
 // block needs a barrier in between, a read by another block needs fences and atomics (fences.h), and the read-only path
 // (ld_global) may never see a byte that the launch writes. What the launch before wrote, a dependent launch may read
-// once it has waited; it writes nothing before.
+// once it has waited, and not through that path, as it may have begun before the write; it writes nothing before.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +59,8 @@ class GlobalMemory {
     std::unique_ptr<History[], FreeHistory> history;  // where both read and written; zero pages until touched
   };
 
-  Allocation& find(const char* verb, const void* pointer, uint32_t bytes, Access access, const Site& site);
+  Allocation& find(const char* verb, const void* pointer, uint32_t bytes, Access access, const Accessor& who,
+                   const Site& site);
   template <class Fn>
   static void for_each(const Allocation& allocation, const void* pointer, uint32_t bytes, Fn fn);
 

@@ -28,7 +28,7 @@ void launch_dependent(const char* name, void (*kernel)(KernelArgs...), int grid,
 inline DeviceLimits device_limits(int) {
   const emulator::Options& options = emulator::machine().options();
   const auto shared = static_cast<int>(options.shared_bytes);
-  return {options.sm_count, shared + kSharedReservedPerBlock, shared, true};
+  return {options.sm_count, shared + kSharedReservedPerBlock, shared, options.dependent_launches};
 }
 
 }  // namespace saw_int4

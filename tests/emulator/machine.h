@@ -33,6 +33,7 @@ struct Options {
   uint32_t seed = 0;
   int sm_count = 4;  // what the launch planners are told of the device; few, so that small grids do what full ones do
   uint32_t shared_bytes = 227 * 1024;  // the most a block may have: an H100's
+  bool dependent_launches = true;      // whether a launch can start before the one it depends on has ended: sm_90
 };
 
 struct AsyncCopy {

@@ -362,10 +362,23 @@ SAW_INT4_KERNEL read_before_launch_ended(Params p) {
   output(p, x);
 }
 template <bool kPlanted>
+SAW_INT4_KERNEL read_only_path_after_launch_ended(Params p) {
+  const uint32_t* mine = p.workspace + 1 + block_index() * kThreads + thread_index();
+  wait_for_launch_before();
+  output(p, kPlanted ? ld_global(mine) : ld_global_coherent(mine));
+}
+template <bool kPlanted>
 SAW_INT4_KERNEL write_before_launch_ended(Params p) {
   if (!kPlanted) wait_for_launch_before();
   output(p, input(p, thread_index()));
   wait_for_launch_before();
+}
+template <bool kPlanted>
+SAW_INT4_KERNEL atomic_before_launch_ended(Params p) {
+  if (!kPlanted) wait_for_launch_before();
+  atomic_add_acq_rel_u32(p.workspace, 1);
+  wait_for_launch_before();
+  output(p, input(p, thread_index()));
 }
 template <bool kPlanted>
 SAW_INT4_KERNEL exit_before_launch_ended(Params p) {
@@ -424,7 +437,9 @@ const std::map<std::string, Case> kCases = {CASE(missing_barrier),
                                             CASE(missing_barrier_before_count),
                                             CASE(write_after_count),
                                             CASE(read_before_launch_ended),
+                                            CASE(read_only_path_after_launch_ended),
                                             CASE(write_before_launch_ended),
+                                            CASE(atomic_before_launch_ended),
                                             CASE(exit_before_launch_ended),
                                             CASE(stale_workspace),
                                             CASE(traps)};

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from emulator import load
 from saw_int4 import reference
 from saw_int4.testing.cases import DecodeCase, adversarial_rows, key_vectors, make_decode
 from saw_int4.testing.compare import assert_equal
@@ -66,6 +67,38 @@ def test_decode_merges_in_a_second_launch(emulated, name):
         first = first or (out, lse)
         assert_equal(out, first[0])
         assert_equal(lse, first[1])
+
+
+@pytest.fixture(scope="module")
+def emulated_other_arch():
+    """The same kernels, some of them as they are compiled for other architectures than sm_90."""
+    return load(other_arch=True)
+
+
+# Two groups that a second launch would merge, by passes of 8 rows and of 16.
+MERGED_IN_THE_KERNEL = {
+    "rows_8": DecodeCase(num_q_heads=4, num_kv_heads=1, seq_lens=(700, 300), q_lens=(2, 1), groups=2),
+    "rows_16": DecodeCase(num_q_heads=4, num_kv_heads=1, seq_lens=(1100, 50, 600), q_lens=(4, 3, 1), groups=2),
+}
+
+
+@pytest.mark.parametrize("name", MERGED_IN_THE_KERNEL)
+def test_decode_merges_in_the_kernel_where_launches_do_not_overlap(emulated, emulated_other_arch, name):
+    """On a GPU before sm_90: the last block of a run merges, where rows wait in registers and in shared memory."""
+    inputs = make_decode(MERGED_IN_THE_KERNEL[name])
+    gpu = dict(sm_count=80, shared_bytes=99 * 1024)
+    oracle, oracle_lse = reference.decode_attention(*inputs.positional(), **inputs.options)
+    decode(emulated, inputs, **gpu)
+    assert emulated.last_kernel() == "saw_int4_decode_merge_kernel", "the case tests nothing"
+    first = None
+    for engine in (emulated, emulated_other_arch):
+        for schedule in SCHEDULES[:2] + SCHEDULES[-2:-1]:
+            out, lse = decode(engine, inputs, dependent_launches=False, **gpu, **schedule)
+            assert engine.last_kernel() == "saw_int4_decode_kernel"
+            assert (out.double() - oracle).abs().max() < 0.02 and (lse.double() - oracle_lse).abs().max() < 0.01
+            first = first or (out, lse)
+            assert_equal(out, first[0])
+            assert_equal(lse, first[1])
 
 
 def test_decode_leaves_its_counters_at_zero(emulated):

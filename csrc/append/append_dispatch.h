@@ -60,7 +60,7 @@ inline void append(const AppendParams& p, const DeviceLimits& limits, Stream str
   dispatch_head_dim(p.head_dim, op, [&](auto head_dim) {
     dispatch_dtype(p.dtype, [&](auto dtype) {
       constexpr int kFew = kAppendLanes<head_dim()>, kMany = kManyAppendLanes<head_dim()>;
-      // A lane with more of a row takes longer for it: that pays where there are six blocks' rows of K and V per SM.
+      // A lane with more of a row takes longer for it: that pays where there are 384 rows of K and V per SM.
       const bool many = 2 * p.num_tokens * p.num_kv_heads >= int64_t{6} * kAppendRows<kMany> * limits.sm_count;
       many ? append_with<head_dim(), kMany, dtype()>(p, limits, stream)
            : append_with<head_dim(), kFew, dtype()>(p, limits, stream);

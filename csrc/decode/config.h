@@ -15,6 +15,7 @@
 namespace saw_int4 {
 
 inline constexpr int kRowsPerTile = 8;  // query rows of one MMA
+inline constexpr int kWideTiles = 4;    // row tiles of a wide pass
 inline constexpr int kWideWays = 4;     // warps that share a head's tokens in a wide pass: those of a shared_mma
 // Batch-invariant launches: few pieces would leave a long context to few blocks, many cost memory and merging.
 inline constexpr int kInvariantPieces = 16;
@@ -25,12 +26,13 @@ inline constexpr int kRecordPadding = 4;    // words of a stored row of a piece 
 inline constexpr int kNarrowWarps = 8;      // of a block, at most
 inline constexpr int kWideWarps = 16;
 inline constexpr int kMergeWarps = 16;           // of a block of the merge kernel
+inline constexpr int kMergedRequests = 32;       // of its launch, at most: a lane each
 inline constexpr int kMaxStages = 4;             // of all blocks of an SM together
 inline constexpr int kDecodeScratchBytes = 112;  // of a block, for the walk along its work
 
 // Query-row tiles the kernel is compiled for: 8, 16 or 32 rows per pass over the keys.
 constexpr int max_row_tiles(int head_dim, int groups) {
-  if (head_dim == 128 || (head_dim == 64 && groups == 1)) return 4;
+  if (head_dim == 128 || (head_dim == 64 && groups == 1)) return kWideTiles;
   return head_dim == 64 || head_dim == 256 ? 2 : 1;
 }
 
@@ -43,7 +45,7 @@ constexpr bool is_wide(int row_tiles) {
 // Most warps of a block, and blocks of so many per SM that the registers allow (128 or 255 per thread). Two groups per
 // row have a second set of products and weights; 16 warps need much shared memory.
 constexpr int max_warps(int row_tiles, int groups, bool large_shared) {
-  return is_wide(row_tiles) && large_shared ? kWideWarps : kNarrowWarps;
+  return is_wide(row_tiles) && groups == 1 && large_shared ? kWideWarps : kNarrowWarps;
 }
 constexpr int blocks_by_registers(int head_dim, int row_tiles, int groups) {
   if (is_wide(row_tiles)) return 1;
@@ -66,7 +68,7 @@ constexpr int token_tiles(int head_dim, int row_tiles, int groups) {
 // row may begin anywhere in a chunk.
 constexpr int wide_copy_turns(int head_dim, int groups) {
   const int chunks = (row_bytes(head_dim, groups) + 12 + 15) / 16;
-  return (tokens_per_warp(4, groups) * chunks + 31) / 32;
+  return (tokens_per_warp(kWideTiles, groups) * chunks + 31) / 32;
 }
 
 // Tiles are what work is divided into. With one row tile they are half a stage, so that short contexts reach twice as
@@ -91,16 +93,10 @@ constexpr int query_bytes(int head_dim, int row_tiles) {
   return row_tiles * (query_words_per_lane(head_dim) * 512 + kRowsPerTile * kScoreTermsBytes);
 }
 
-// Shared memory where four warps of a wide pass meet: the weights of their tokens; of two groups, the parameters of V's
-// rows; the reference logits of their rows.
-constexpr int four_weights_bytes(int row_tiles, int groups) {
-  return kWideWays * tokens_per_warp(row_tiles, groups) * row_tiles * kRowsPerTile * 2;
-}
-constexpr int four_params_bytes(int row_tiles, int groups) {
-  return groups == 1 ? 0 : kWideWays * tokens_per_warp(row_tiles, groups) * groups * 8;
-}
+// Shared memory where four warps of a wide pass meet: the weights of their tokens, the reference logits of their rows.
 constexpr int four_warps_bytes(int row_tiles, int groups) {
-  return four_weights_bytes(row_tiles, groups) + four_params_bytes(row_tiles, groups) + row_tiles * kRowsPerTile * 4;
+  const int rows = row_tiles * kRowsPerTile;
+  return kWideWays * tokens_per_warp(row_tiles, groups) * rows * 2 * groups + rows * 4;
 }
 
 // Shapes of a launch, known at capture time.
@@ -224,10 +220,10 @@ inline MergePlan merge_plan(const DecodePlan& plan, int num_requests, int max_q_
   return merge;
 }
 
-// A second launch merges where the last block of a run would have many records to add up, and rows are few in all: two
-// blocks per SM, which start at once.
+// A second launch merges where the last block of a run would have many records to add up, and rows are few in all: at
+// most two blocks per SM.
 inline bool wants_merge_launch(const DecodePlan& plan, const DecodeShape& shape, const DeviceLimits& device) {
-  if (!device.dependent_launches || shape.batch_invariant) return false;
+  if (!device.dependent_launches || shape.batch_invariant || shape.num_requests > kMergedRequests) return false;
   const int64_t runs = most_runs(plan, shape.num_requests, shape.max_q_len);
   const int64_t rows = plan.rows_per_head * plan.heads_per_block, pieces = (plan.blocks + runs - 1) / runs;
   return runs * rows <= 2 * device.sm_count && pieces * rows > kRecordsPerWarp * plan.warps;
@@ -273,7 +269,7 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
 inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& device) {
   const int rows = shape.num_q_heads / shape.num_kv_heads * shape.max_q_len;
   DecodePlan plan;
-  plan.row_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
+  plan.row_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : kWideTiles;
   plan.row_tiles = std::min(plan.row_tiles, max_row_tiles(shape.head_dim, shape.groups));
   plan.max_pieces = shape.batch_invariant ? kInvariantPieces : 0;
   const int most = max_warps(plan.row_tiles, shape.groups, device.shared_bytes_per_block >= kLargeSharedBytes);
@@ -285,8 +281,8 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
 }
 
 // Workspace: the pieces' partial results from the front, one counter per query row and head from the back. Counters
-// are zero between launches. Enough for every call of at most num_query_rows rows (batch-invariant: requests times
-// max_q_len).
+// are zero between launches. Enough for every call of at most num_query_rows rows, max_q_len among them
+// (batch-invariant: requests times max_q_len).
 inline int64_t decode_workspace_bytes(int sm_count, int64_t num_query_rows, int num_q_heads, int head_dim,
                                       bool batch_invariant) {
   const int64_t rows = num_query_rows * num_q_heads;
@@ -299,8 +295,7 @@ inline int64_t decode_workspace_bytes(int sm_count, int64_t num_query_rows, int 
 
 // What a launch needs of it, at most.
 inline int64_t workspace_needed(const DecodePlan& plan, const DecodeShape& shape, int64_t num_query_rows) {
-  const int64_t runs = static_cast<int64_t>(shape.num_requests) * plan.head_groups *
-                       row_passes(shape.max_q_len, plan.group, kRowsPerTile * plan.row_tiles);
+  const int64_t runs = most_runs(plan, shape.num_requests, shape.max_q_len);
   const int64_t slots = plan.max_pieces > 0 ? plan.max_pieces * runs : 2 * plan.blocks;
   return (slots * plan.piece_floats + num_query_rows * shape.num_q_heads) * 4;
 }

@@ -1,4 +1,4 @@
-// From DecodeParams to one kernel launch: what the kernel cannot take is refused, the rest is planned and launched.
+// From DecodeParams to one launch, or two: what the kernel cannot take is refused, the rest is planned and launched.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// O = softmax(scale * q K^T) V over INT4 rows, for the last query rows of every request, in one launch or
-// two (merge_kernel.cuh).
+// O = softmax(scale * q K^T) V over INT4 rows, for the last query rows of every request, in one launch or two
+// (merge_kernel.cuh).
 //
 // Tokens are the M side of both products: S^T = K q'^T and O^T = V^T P^T, so that 8 query rows (one decode step of a
 // GQA group) fill an MMA, and 4 query tokens cost the KV traffic of one. Up to 16 rows of a KV head make a narrow pass
@@ -33,12 +33,12 @@ SAW_INT4_DEVICE int uniform_warp_id() {
 template <int D, int NT, int kGroups>
 SAW_INT4_DEVICE WideWarp wide_warp(const DecodePlan& plan, int warp) {
   const uint32_t base = dev::shared_base();
+  const int rows = NT * kRowsPerTile;
   WideWarp four;
   four.way = warp % kWideWays;
   four.query = base + plan.query_offset + (warp >> plan.ways_shift) * query_bytes(D, NT);
   four.weights = base + plan.fours_offset + warp / kWideWays * four_warps_bytes(NT, kGroups);
-  four.v_params = four.weights + four_weights_bytes(NT, kGroups);
-  four.references = four.v_params + four_params_bytes(NT, kGroups);
+  four.references = four.weights + four_warps_bytes(NT, kGroups) - rows * 4;
   return four;
 }
 
@@ -292,7 +292,7 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * max_warps(NT, kGroups, dev::kLargeSh
     saw_int4_decode_kernel(const DecodeParams p, const DecodePlan plan) {
   const uint32_t scratch = dev::shared_base() + plan.scratch_offset;
   const Cursor<NT> cursor(scratch);
-  dev::let_dependents_start();
+  if (plan.merge_launch) dev::let_dependents_start();
   Piece piece = cursor.start(p, plan);
   while (piece.exists()) {
     DecodeState<D, NT, kGroups> state;

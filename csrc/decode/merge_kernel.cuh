@@ -19,12 +19,7 @@ SAW_INT4_DEVICE SharedRun find_run(const DecodeParams& p, const DecodePlan& plan
   const int b = place.number / merge.runs_of_request, run = place.number - b * merge.runs_of_request;
   const Line line(p, plan, rows_per_pass);
   const Stretches stretches = cut(line.total, plan.blocks >> plan.column_shift, tiles_per_stage(plan.row_tiles));
-  LinePlace at = line.first_of(b / line.each);
-  SAW_INT4_UNROLL_BY(1)
-  while (at.b < b) {
-    at.before += units_of(plan, p.window, rows_per_pass, at.request);
-    at.request = fetch_request(p, ++at.b);
-  }
+  const LinePlace at = line.first_of(b);  // a request per lane: kMergedRequests
   const Request& r = at.request;
   if (run >= row_passes(r.q_len, plan.group, rows_per_pass) * heads) return {};
   const int units = run_units(tile_range(r.seq_len, r.q_len, p.window, plan.tile_shift).tiles, plan.max_pieces).units;

@@ -4,8 +4,7 @@
 // tiles fastest. The groups of heads are dealt out to a power of two of columns, the blocks too. The units of all
 // requests in a column form one line, cut every ceil(units / blocks of the column) units: each block takes one stretch.
 // Cuts follow from seq_lens alone, so that a captured launch is balanced at every replay. A run of tiles that several
-// blocks share (a "piece" each) is merged by the last of them to finish, or by a second
-// launch.
+// blocks share (a "piece" each) is merged by the last of them to finish, or by a second launch.
 //
 // All columns are cut alike: neighbouring blocks read neighbouring heads of the same tokens at the same time, and the
 // memory sectors in which those lie come from HBM once. Columns divide groups and blocks, so they cost no balance.

@@ -12,11 +12,6 @@ namespace saw_int4 {
 inline constexpr float kSlack = 4.f;
 inline constexpr int kWeightBits = 11;
 
-// 1 / x, x a power of two or 0, whose inverse is a large number.
-SAW_INT4_DEVICE float inverse_power(float x) {
-  return dev::bits_float((254u << 23) - dev::float_bits(x));
-}
-
 // 2^kWeightBits / v_cap, v_cap a power of two: brings p * scale into fp16's normal range, whatever the scale.
 SAW_INT4_DEVICE float v_unit(float v_cap) {
   return dev::bits_float((static_cast<uint32_t>(254 + kWeightBits) << 23) - dev::float_bits(v_cap));

@@ -16,7 +16,7 @@ namespace saw_int4 {
 
 // Which channels the four warps have: row g of MMA i of PV is channels 2*pair, 2*pair + 1 (rows g + 8) of the word,
 // pair = 2*byte + nibble as they lie in each half of it. Lanes g and g + 4 share a word. Of two groups, an MMA sees
-// one.
+// one, the same in all four warps, as their weights, its B, are: head_dim 64 has too few MMAs for that.
 template <int D, int kGroups>
 struct ChannelMap {
   static_assert(D == 128 || (D == 64 && kGroups == 1));
@@ -31,51 +31,20 @@ struct ChannelMap {
   SAW_INT4_DEVICE int group(int i) const { return kGroups == 1 ? 0 : i; }
 };
 
-// Values of two groups are dequantized, as their products take the same weights then, and their sums have nothing
-// beside them: half the shared memory and fewer registers, so that 16 warps fit. Those of one group stay codes, their
-// scales in the weights: fetching parameters at every step would be slower (csrc/README.md).
-//
-// What dequantization takes, of each group: for tokens 2c, 2c+1, 2c+8, 2c+9 of a step of 16 four words, the factors of
-// two tokens, of the other two, and the addends of both.
-//     v * kValueUnit / v_cap = code * 2^-24 * factor + addend
-// Codes at bit 4 are 16 times as large: nibble 1 has factors of its own.
-inline constexpr float kValueUnit = 1.f / 64;  // v_cap comes out as this: factors are as large as fp16 takes
-struct ValueParams {
-  static SAW_INT4_DEVICE constexpr int at(int group, int nibble, int step) {
-    return ((group * 2 + nibble) * kWideWays + step) * 64;
-  }
-};
-// Parameters of one row of V: of the warp's token lane % 16, group lane / 16.
-struct LaneValue {
-  float scale = 0.f, offset = 0.f;
-  float largest = 0.f;  // that such a row holds; not finite of a damaged one
-
-  SAW_INT4_DEVICE LaneValue() {}
-  SAW_INT4_DEVICE explicit LaneValue(uint32_t params) : scale(param_scale(params)), offset(param_offset(params)) {
-    const float last = dev::fma_rn(15.f, scale, offset);
-    largest = dev::fmax_nan(dev::fmax_nan(offset, -offset), dev::fmax_nan(last, -last));
-  }
-};
-
 // Running softmax of the rows of a head: lane 4g + c, rows 8*nt + 2c + u. l and extra are this lane's share (its own
-// tokens only), o all tokens' of the warp's channels, in units of v_cap * 2^-kWeightBits times (code - 8); of two
-// groups, of v_cap / kValueUnit, and extra is not used.
+// tokens only), o all tokens' of the warp's channels, in units of v_cap * 2^-kWeightBits times (code - 8).
 template <int D, int NT, int kGroups>
 struct WideState {
-  // log2 of the weight that references are moved to: what scales leave room for is there for small weights.
-  static constexpr float kTop = kGroups == 1 ? 0.f : kWeightBits;
-  float l[NT][2] = {}, extra[NT][2] = {};
+  float l[NT][2] = {}, extra[kGroups][NT][2] = {};
   float o[D / 64][NT][4] = {};
-  float v_cap = 0.f;  // the same in all four warps
-  // Bit 2*nt + u: no token of the row yet; its reference is 0. Of damaged: it saw a damaged value of this warp's.
-  uint32_t unseen = (1 << 2 * NT) - 1, damaged = 0;
+  float v_cap = 0.f;                    // the same in all four warps
+  uint32_t unseen = (1 << 2 * NT) - 1;  // bit 2*nt + u: no token of the row yet; its reference is 0
 };
 
 // One of four warps: which, and where they meet in shared memory. The same in all lanes, and for the compiler, too.
 struct WideWarp {
   int way;
-  uint32_t query;                          // of the head
-  uint32_t weights, v_params, references;  // of the four; a float for each row
+  uint32_t query, weights, references;  // of the head; of the four, and a float for each row
 
   SAW_INT4_DEVICE uint32_t reference_at(int row) const { return references + 4 * row; }
 };
@@ -145,33 +114,18 @@ SAW_INT4_DEVICE void multiply_keys(float (&w)[MT][kGroups][NT][4], uint32_t quer
   }
 }
 
-// Damaged values become 0, as they would reach every row, and are noted for the rows that see them.
-template <int D, int NT>
-SAW_INT4_DEVICE void note_damage(WideState<D, NT, 2>& s, const float (&w)[1][2][NT][4], LaneValue& v) {
-  const bool mine = !dev::is_finite(v.largest);
-  if (mine) v = {};
-  SAW_INT4_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int token = 8 * half + dev::lane_id() / 4;
-    const int of_token = dev::shfl_idx(mine ? 1 : 0, token) | dev::shfl_idx(mine ? 1 : 0, 16 + token);
-    SAW_INT4_UNROLL
-    for (int i = 0; i < 2 * NT; ++i)
-      if (of_token != 0 && w[0][0][i / 2][2 * half + i % 2] != -INFINITY) s.damaged |= 1u << i;
-  }
-}
-
 // Moves the references of the rows, and v_cap, to what the four warps have seen; w: logits less references. Rare after
 // the first tiles.
 template <int MT, int D, int NT, int kGroups>
 SAW_INT4_DEVICE void agree(WideState<D, NT, kGroups>& s, float (&w)[MT][kGroups][NT][4], const WideWarp& four,
-                           float v_largest) {
+                           float v_scale) {
   using Layout = QueryLayout<D, NT, kGroups>;
   constexpr int kRows = NT * kRowsPerTile, kBytes = (kRows + 4) * 4;  // of a warp
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4, way = four.way;
   SAW_INT4_UNROLL
-  for (int mask = 1; mask < 32; mask *= 2) v_largest = dev::fmax(v_largest, dev::shfl_xor(v_largest, mask));
+  for (int mask = 4; mask < 32; mask *= 2) v_scale = dev::fmax(v_scale, dev::shfl_xor(v_scale, mask));
   // No weights are there yet.
-  if (dev::lane_id() == 0) dev::st_shared(four.weights + way * kBytes + kRows * 4, v_largest);
+  if (dev::lane_id() == 0) dev::st_shared(four.weights + way * kBytes + kRows * 4, v_scale);
   SAW_INT4_UNROLL
   for (int nt = 0; nt < NT; ++nt) {
     SAW_INT4_UNROLL
@@ -181,15 +135,14 @@ SAW_INT4_DEVICE void agree(WideState<D, NT, kGroups>& s, float (&w)[MT][kGroups]
       for (int mt = 0; mt < MT; ++mt) top = dev::fmax(top, dev::fmax(w[mt][0][nt][u], w[mt][0][nt][u + 2]));
       SAW_INT4_UNROLL
       for (int mask = 4; mask < 32; mask *= 2) top = dev::fmax(top, dev::shfl_xor(top, mask));
-      // "g == 0" costs this kernel a register more.
-      if (g < 1) dev::st_shared(four.weights + way * kBytes + (nt * kRowsPerTile + 2 * c + u) * 4, top);
+      if (dev::lane_id() < 4) dev::st_shared(four.weights + way * kBytes + (nt * kRowsPerTile + 2 * c + u) * 4, top);
     }
   }
   dev::four_warps_sync();
   SAW_INT4_UNROLL
   for (int other = 0; other < kWideWays; ++other)
-    v_largest = dev::fmax(v_largest, dev::ld_shared<float>(four.weights + other * kBytes + kRows * 4));
-  const float v_keep = raise_cap(s.v_cap, v_largest);
+    v_scale = dev::fmax(v_scale, dev::ld_shared<float>(four.weights + other * kBytes + kRows * 4));
+  const float v_keep = raise_cap(s.v_cap, v_scale);
   SAW_INT4_UNROLL
   for (int nt = 0; nt < NT; ++nt) {
     SAW_INT4_UNROLL
@@ -200,8 +153,7 @@ SAW_INT4_DEVICE void agree(WideState<D, NT, kGroups>& s, float (&w)[MT][kGroups]
       for (int other = 0; other < kWideWays; ++other)
         top = dev::fmax(top, dev::ld_shared<float>(four.weights + other * kBytes + row * 4));
       const bool unseen = (s.unseen >> (2 * nt + u) & 1u) != 0;
-      const float above = top - s.kTop;
-      const float up = above > 0.f || (unseen && top > -INFINITY) ? above : 0.f;
+      const float up = top > 0.f || (unseen && top > -INFINITY) ? top : 0.f;
       const float keep = unseen ? 1.f : dev::exp2_approx(-up);  // sums of unseen rows are 0
       if (top > -INFINITY) s.unseen &= ~(1u << (2 * nt + u));
       if (way == 0 && g == 0) {
@@ -209,7 +161,8 @@ SAW_INT4_DEVICE void agree(WideState<D, NT, kGroups>& s, float (&w)[MT][kGroups]
         dev::st_shared(reference, dev::ld_shared<float>(reference) + up);
       }
       s.l[nt][u] *= keep;
-      s.extra[nt][u] *= keep;
+      SAW_INT4_UNROLL
+      for (int group = 0; group < kGroups; ++group) s.extra[group][nt][u] *= keep;
       SAW_INT4_UNROLL
       for (int i = 0; i < D / 64; ++i) {
         s.o[i][nt][u] *= keep * v_keep;
@@ -227,72 +180,43 @@ SAW_INT4_DEVICE void agree(WideState<D, NT, kGroups>& s, float (&w)[MT][kGroups]
 
 // Weights of the warp's tokens, w[0] (logits less references) -> shared memory, p * scale in units of v_unit. kMasked:
 // logits of -inf weigh nothing, even when the token's parameters are NaN.
-template <bool kMasked, int MT, int D, int NT>
-SAW_INT4_DEVICE void weigh(WideState<D, NT, 1>& s, const float (&w)[MT][1][NT][4], const float (&v_weight)[MT][2],
-                           const float (&v_extra)[MT][2], uint32_t weights) {
+template <bool kMasked, int MT, int D, int NT, int kGroups>
+SAW_INT4_DEVICE void weigh(WideState<D, NT, kGroups>& s, float (&w)[MT][kGroups][NT][4],
+                           const float (&v_weight)[MT][kGroups][2], const float (&v_extra)[MT][kGroups][2],
+                           uint32_t weights) {
   SAW_INT4_UNROLL
   for (int mt = 0; mt < MT; ++mt) {
-    uint32_t pairs[2][NT];
+    uint32_t pairs[2][kGroups][NT];
     SAW_INT4_UNROLL
     for (int nt = 0; nt < NT; ++nt) {
       SAW_INT4_UNROLL
       for (int half = 0; half < 2; ++half) {
-        float x[2];
+        float x[kGroups][2];
         SAW_INT4_UNROLL
         for (int u = 0; u < 2; ++u) {
           const float logit = w[mt][0][nt][2 * half + u];
           const bool hidden = kMasked && logit == -INFINITY;
           const float weight = dev::exp2_approx(logit);
           s.l[nt][u] += weight;
-          float& extra = s.extra[nt][u];
-          extra = hidden ? extra : dev::fma_rn(weight, v_extra[mt][half], extra);
-          x[u] = hidden ? 0.f : weight * v_weight[mt][half];
+          SAW_INT4_UNROLL
+          for (int group = 0; group < kGroups; ++group) {
+            float& extra = s.extra[group][nt][u];
+            extra = hidden ? extra : dev::fma_rn(weight, v_extra[mt][group][half], extra);
+            x[group][u] = hidden ? 0.f : weight * v_weight[mt][group][half];
+          }
         }
-        pairs[half][nt] = dev::pack_f16x2(x[0], x[1]);
+        SAW_INT4_UNROLL
+        for (int group = 0; group < kGroups; ++group)
+          pairs[half][group][nt] = dev::pack_f16x2(x[group][0], x[group][1]);
       }
     }
-    SAW_INT4_UNROLL
-    for (int half = 0; half < 2; ++half) dev::st_matrices(weights + weights_at<NT>(2 * mt + half), pairs[half]);
-  }
-}
-
-// The same where values are dequantized: the weights are p, of both groups.
-template <int MT, int D, int NT>
-SAW_INT4_DEVICE void weigh(WideState<D, NT, 2>& s, const float (&w)[MT][2][NT][4], uint32_t weights) {
-  SAW_INT4_UNROLL
-  for (int mt = 0; mt < MT; ++mt) {
     SAW_INT4_UNROLL
     for (int half = 0; half < 2; ++half) {
-      uint32_t pairs[NT];
       SAW_INT4_UNROLL
-      for (int nt = 0; nt < NT; ++nt) {
-        float weight[2];
-        SAW_INT4_UNROLL
-        for (int u = 0; u < 2; ++u) {
-          weight[u] = dev::exp2_approx(w[mt][0][nt][2 * half + u]);
-          s.l[nt][u] += weight[u];
-        }
-        pairs[nt] = dev::pack_f16x2(weight[0], weight[1]);
-      }
-      dev::st_matrices(weights + weights_at<NT>(2 * mt + half), pairs);
+      for (int group = 0; group < kGroups; ++group)
+        dev::st_matrices(weights + weights_at<NT>(2 * mt + half + group * kWideWays * 2 * MT), pairs[half][group]);
     }
   }
-}
-
-// What the lanes of the warp have -> ValueParams of the four.
-SAW_INT4_DEVICE void store_value_params(const LaneValue& v, float v_cap, const WideWarp& four) {
-  const int lane = dev::lane_id(), token = lane % 16;
-  const float unit = kValueUnit * inverse_power(v_cap);
-  const uint32_t mine = dev::pack_f16x2(v.scale * kCodesPerUnit * unit, v.offset * unit);
-  const uint32_t other = dev::shfl_xor(mine, 1);
-  // Lanes of even tokens store the factors of two, those of odd ones the addends.
-  const bool odd = token % 2 != 0;
-  const uint32_t both = dev::prmt(mine, other, odd ? 0x3276 : 0x5410);
-  const uint32_t to =
-      four.v_params + ValueParams::at(lane / 16, 0, four.way) + token % 8 / 2 * 16 + odd * 8 + token / 8 * 4;
-  dev::st_shared(to, both);
-  dev::st_shared(to + ValueParams::at(0, 1, 0),
-                 dev::fma_f16x2(both, odd ? 0x3c003c00u : 0x2c002c00u, 0x80008000u));  // times 1 or 1/16
 }
 
 // O of the warp's channels over all tokens of the four; v_rows: shared address of the first token's row.
@@ -304,7 +228,6 @@ SAW_INT4_DEVICE void multiply_values(WideState<D, NT, kGroups>& s, const WideWar
   const Map map(four.way, g);
   const uint32_t first = v_rows + 2 * c * stride + 4 * map.word;
   uint32_t words[2][4];  // of a step and of the next: tokens 2c, 2c+1, 2c+8, 2c+9
-  uint4 params[kGroups];
   const auto load = [&](int step) {
     const uint32_t at = first + 16 * step * stride;
     SAW_INT4_UNROLL
@@ -316,12 +239,6 @@ SAW_INT4_DEVICE void multiply_values(WideState<D, NT, kGroups>& s, const WideWar
   for (int i = 0; i < kTiles; ++i) dev::shared_mma_start(s.o[i]);
   SAW_INT4_UNROLL
   for (int step = 0; step < kSteps; ++step) {
-    if (kGroups > 1) {
-      if (step == 0) dev::four_warps_sync();  // weights and parameters are there
-      SAW_INT4_UNROLL
-      for (int group = 0; group < kGroups; ++group)
-        params[group] = dev::ld_shared<uint4>(four.v_params + ValueParams::at(group, map.sub, step) + 16 * c);
-    }
     if (step + 1 < kSteps) load(step + 1);
     const auto& t = words[step % 2];
     auto& mine = a[step % 2];
@@ -331,19 +248,16 @@ SAW_INT4_DEVICE void multiply_values(WideState<D, NT, kGroups>& s, const WideWar
       SAW_INT4_UNROLL
       for (int r = 0; r < 4; ++r) {
         const uint32_t pair = dev::prmt(t[r / 2 * 2], t[r / 2 * 2 + 1], r % 2 == 0 ? even : odd);
-        if (kGroups == 1) {
-          mine[i][r] = centred_pair(pair, map.nibble(i));
-        } else {
-          const uint4& f = params[map.group(i)];
-          mine[i][r] = dev::fma_f16x2(pair & nibbles_at(map.nibble(i)), r < 2 ? f.x : f.y, r < 2 ? f.z : f.w);
-        }
+        mine[i][r] = centred_pair(pair, map.nibble(i));
       }
     }
-    if (kGroups == 1 && step == 0) dev::four_warps_sync();  // the weights are there
+    if (step == 0) dev::four_warps_sync();  // the weights are there
     dev::shared_mma_begin(mine);
     SAW_INT4_UNROLL
-    for (int i = 0; i < kTiles; ++i)
-      dev::shared_mma<true>(s.o[i], mine[i], dev::shared_operand(four.weights, weights_at<NT>(2 * step)));
+    for (int i = 0; i < kTiles; ++i) {
+      const auto b = dev::shared_operand(four.weights, weights_at<NT>(2 * step + 2 * kSteps * map.group(i)));
+      dev::shared_mma<true>(s.o[i], mine[i], b);
+    }
     dev::shared_mma_commit();
     if (step > 0) dev::shared_mma_wait<1>(a[(step - 1) % 2]);
   }
@@ -435,44 +349,40 @@ SAW_INT4_DEVICE void attend_together(WideState<D, NT, kGroups>& s, const WideWar
                             static_cast<int32_t>(dev::float_bits(w[mt][0][nt][e + 1])));
     }
   }
-  const auto any_moves = [&](float v_largest) {
-    return dev::four_warps_any(highest > static_cast<int32_t>(dev::float_bits(s.kTop + kSlack)) || s.unseen != 0 ||
-                               (!(v_largest < s.v_cap) && v_largest != 0.f));
-  };
-  const uint32_t my_weights = four.weights + weights_at<NT>(way * 2 * MT);
-  if constexpr (kGroups == 1) {
-    float v_scale = 0.f, v_weight[MT][2], v_extra[MT][2];
+  float v_scale = 0.f, v_weight[MT][kGroups][2], v_extra[MT][kGroups][2];
+  SAW_INT4_UNROLL
+  for (int mt = 0; mt < MT; ++mt) {
     SAW_INT4_UNROLL
-    for (int mt = 0; mt < MT; ++mt) {
+    for (int half = 0; half < 2; ++half) {
+      uint32_t params[kGroups];
+      load_params(v_rows + params_at(mt, half), params);
       SAW_INT4_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const auto params = dev::ld_shared<uint32_t>(v_rows + params_at(mt, half));
-        v_weight[mt][half] = param_scale(params);
-        v_extra[mt][half] = dev::fma_rn(kCodeCentre, v_weight[mt][half], param_offset(params));
-        v_scale = dev::fmax(v_scale, v_weight[mt][half]);
+      for (int group = 0; group < kGroups; ++group) {
+        float& weight = v_weight[mt][group][half];
+        weight = param_scale(params[group]);
+        v_extra[mt][group][half] = dev::fma_rn(kCodeCentre, weight, param_offset(params[group]));
+        v_scale = dev::fmax(v_scale, weight);
       }
     }
-    if (any_moves(v_scale)) agree(s, w, four, v_scale);
-    const float unit = v_unit(s.v_cap);
-    SAW_INT4_UNROLL
-    for (int mt = 0; mt < MT; ++mt) {
-      SAW_INT4_UNROLL
-      for (int half = 0; half < 2; ++half) v_weight[mt][half] *= unit;
-    }
-    if (masked)
-      weigh<true>(s, w, v_weight, v_extra, my_weights);
-    else
-      weigh<false>(s, w, v_weight, v_extra, my_weights);
-  } else {
-    const int lane = dev::lane_id();
-    LaneValue v(dev::ld_shared<uint32_t>(v_rows + mine + lane % 16 * stride + scale_byte(D, lane / 16)));
-    if (any_moves(v.largest)) {
-      note_damage(s, w, v);
-      agree(s, w, four, v.largest);
-    }
-    store_value_params(v, s.v_cap, four);
-    weigh(s, w, my_weights);
   }
+  const bool moves =
+      highest > static_cast<int32_t>(dev::float_bits(kSlack)) || s.unseen != 0 || (v_scale >= s.v_cap && v_scale > 0.f);
+  if (dev::four_warps_any(moves)) agree(s, w, four, v_scale);
+
+  const float unit = v_unit(s.v_cap);
+  SAW_INT4_UNROLL
+  for (int mt = 0; mt < MT; ++mt) {
+    SAW_INT4_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      SAW_INT4_UNROLL
+      for (int half = 0; half < 2; ++half) v_weight[mt][group][half] *= unit;
+    }
+  }
+  const uint32_t my_weights = four.weights + weights_at<NT>(way * 2 * MT);
+  if (masked)
+    weigh<true>(s, w, v_weight, v_extra, my_weights);
+  else
+    weigh<false>(s, w, v_weight, v_extra, my_weights);
   dev::publish_shared();
   multiply_values<MT>(s, four, v_rows, stride);
 }
@@ -483,7 +393,7 @@ SAW_INT4_DEVICE void store_records(const WideState<D, NT, kGroups>& s, const Wid
                                    uint32_t records) {
   using Layout = QueryLayout<D, NT, kGroups>;
   using Map = ChannelMap<D, kGroups>;
-  constexpr int kRows = NT * kRowsPerTile, kSums = 2;  // l; what is the same in every channel
+  constexpr int kRows = NT * kRowsPerTile, kSums = 1 + kGroups;
   const int g = dev::lane_id() / 4, c = dev::lane_id() % 4, way = four.way;
   const Map map(way, g);
   const auto sums_of = [&](int of_way, int row) { return four.weights + (of_way * kRows + row) * (kSums * 4); };
@@ -491,8 +401,9 @@ SAW_INT4_DEVICE void store_records(const WideState<D, NT, kGroups>& s, const Wid
   for (int nt = 0; nt < NT; ++nt) {
     SAW_INT4_UNROLL
     for (int u = 0; u < 2; ++u) {
-      float sums[kSums] = {s.l[nt][u], s.extra[nt][u]};
-      if (kGroups > 1 && (s.damaged >> (2 * nt + u) & 1u) != 0) sums[1] = NAN;
+      float sums[kSums] = {s.l[nt][u]};
+      SAW_INT4_UNROLL
+      for (int group = 0; group < kGroups; ++group) sums[1 + group] = s.extra[group][nt][u];
       SAW_INT4_UNROLL
       for (int i = 0; i < kSums; ++i) {
         SAW_INT4_UNROLL
@@ -502,7 +413,7 @@ SAW_INT4_DEVICE void store_records(const WideState<D, NT, kGroups>& s, const Wid
     }
   }
   dev::block_sync();
-  const float unit = s.v_cap * (kGroups == 1 ? 1.f / (1 << kWeightBits) : 1.f / kValueUnit);
+  const float unit = s.v_cap * (1.f / (1 << kWeightBits));
   SAW_INT4_UNROLL
   for (int nt = 0; nt < NT; ++nt) {
     SAW_INT4_UNROLL
@@ -523,7 +434,8 @@ SAW_INT4_DEVICE void store_records(const WideState<D, NT, kGroups>& s, const Wid
       }
       SAW_INT4_UNROLL
       for (int i = 0; i < Map::kTiles; ++i) {
-        const float2 x{dev::fma_rn(s.o[i][nt][u], unit, sums[1]), dev::fma_rn(s.o[i][nt][u + 2], unit, sums[1])};
+        const float centre = kGroups == 1 || map.group(i) == 0 ? sums[1] : sums[kSums - 1];
+        const float2 x{dev::fma_rn(s.o[i][nt][u], unit, centre), dev::fma_rn(s.o[i][nt][u + 2], unit, centre)};
         dev::st_shared(record + (map.word * kCodesPerWord + 2 * map.pair(i)) * 4, x);
       }
     }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saw_int4 import reference
+from saw_int4.testing.cases import DecodeInputs, sixteen_bit_error
+
 
 def _where(flat: int, shape: torch.Size) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), shape))
@@ -43,3 +46,28 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
             f"{what}: {int((error > tolerance).sum())} of {error.numel()} values are off by more than {tolerance:.3g}, "
             f"the worst at {at}: {actual[at].item():.6g}, expected {expected[at].item():.6g}"
         )
+
+
+def decode_oracle(inputs: DecodeInputs) -> tuple[Tensor, Tensor, float, float]:
+    """What decode_attention should give, (out, lse) in float64, and the errors of 16-bit attention in each."""
+    expected, expected_lse = reference.decode_attention(*inputs.positional(), **inputs.options)
+    return expected, expected_lse, *sixteen_bit_error(inputs, expected, expected_lse)
+
+
+def compare_decode(
+    out: Tensor, lse: Tensor, inputs: DecodeInputs, solution: tuple[Tensor, Tensor, float, float]
+) -> None:
+    """Raise AssertionError where a kernel is off from ``decode_oracle(inputs)`` by more than twice what plain attention
+    in q's own dtype gets wrong on the same inputs, plus one rounding of the largest value to that dtype.
+    """
+    expected, expected_lse, error, lse_error = solution
+    eps = torch.finfo(inputs.q.dtype).eps
+    # fp32 has no 16-bit roundings to hide behind: leave its own exp and sums a few units.
+    slack = 8 if inputs.q.dtype == torch.float32 else 1
+    assert_close(out, expected, 2 * error + slack * eps * _largest(expected), "out")
+    assert_close(lse, expected_lse, 2 * lse_error + slack * eps * max(1.0, _largest(expected_lse)), "lse")
+
+
+def _largest(x: Tensor) -> float:
+    finite = x[x.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0

@@ -8,7 +8,7 @@ import torch
 from emulator import load
 from saw_int4 import reference
 from saw_int4.testing.cases import DecodeCase, adversarial_rows, key_vectors, make_decode
-from saw_int4.testing.compare import assert_equal
+from saw_int4.testing.compare import assert_equal, compare_decode, decode_oracle
 
 # More tiles than blocks for some requests, so that runs are shared and merged by whichever block is last.
 CASE = DecodeCase(head_dim=64, num_q_heads=6, num_kv_heads=2, seq_lens=(300, 1, 130), q_lens=(1, 1, 1), rotate_v=True)
@@ -34,8 +34,7 @@ def decode(engine, inputs, **schedule):
 def test_decode_gives_the_same_bits_in_any_block_order(emulated, sm_count):
     inputs = make_decode(CASE)
     expected, expected_lse = decode(emulated, inputs, sm_count=sm_count)
-    oracle, oracle_lse = reference.decode_attention(*inputs.positional(), **inputs.options)
-    assert (expected.double() - oracle).abs().max() < 0.02 and (expected_lse.double() - oracle_lse).abs().max() < 0.01
+    compare_decode(expected, expected_lse, inputs, decode_oracle(inputs))
     for schedule in SCHEDULES:
         out, lse = decode(emulated, inputs, sm_count=sm_count, **schedule)
         assert_equal(out, expected, f"out with {schedule}")
@@ -58,12 +57,12 @@ MERGED = {
 @pytest.mark.parametrize("name", MERGED)
 def test_decode_merges_in_a_second_launch(emulated, name):
     inputs = make_decode(MERGED[name])
-    oracle, oracle_lse = reference.decode_attention(*inputs.positional(), **inputs.options)
+    solution = decode_oracle(inputs)
     first = None
     for schedule in SCHEDULES[:2] + SCHEDULES[-2:-1]:
         out, lse = decode(emulated, inputs, sm_count=80, **schedule)
         assert emulated.last_kernel() == "saw_int4_decode_merge_kernel"
-        assert (out.double() - oracle).abs().max() < 0.02 and (lse.double() - oracle_lse).abs().max() < 0.01
+        compare_decode(out, lse, inputs, solution)
         first = first or (out, lse)
         assert_equal(out, first[0])
         assert_equal(lse, first[1])
@@ -87,7 +86,7 @@ def test_decode_merges_in_the_kernel_where_launches_do_not_overlap(emulated, emu
     """On a GPU before sm_90: the last block of a run merges, where rows wait in registers and in shared memory."""
     inputs = make_decode(MERGED_IN_THE_KERNEL[name])
     gpu = dict(sm_count=80, shared_bytes=99 * 1024)
-    oracle, oracle_lse = reference.decode_attention(*inputs.positional(), **inputs.options)
+    solution = decode_oracle(inputs)
     decode(emulated, inputs, **gpu)
     assert emulated.last_kernel() == "saw_int4_decode_merge_kernel", "the case tests nothing"
     first = None
@@ -95,7 +94,7 @@ def test_decode_merges_in_the_kernel_where_launches_do_not_overlap(emulated, emu
         for schedule in SCHEDULES[:2] + SCHEDULES[-2:-1]:
             out, lse = decode(engine, inputs, dependent_launches=False, **gpu, **schedule)
             assert engine.last_kernel() == "saw_int4_decode_kernel"
-            assert (out.double() - oracle).abs().max() < 0.02 and (lse.double() - oracle_lse).abs().max() < 0.01
+            compare_decode(out, lse, inputs, solution)
             first = first or (out, lse)
             assert_equal(out, first[0])
             assert_equal(lse, first[1])

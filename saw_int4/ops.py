@@ -150,7 +150,8 @@ def decode_attention(
 def decode_workspace(
     device: torch.device, num_query_rows: int, num_q_heads: int, head_dim: int, *, batch_invariant: bool = False
 ) -> Tensor | None:
-    """Scratch for ``decode_attention`` calls of up to ``num_query_rows`` rows: uint8, zeroed; None on CPU.
+    """Scratch for ``decode_attention`` calls of up to ``num_query_rows`` rows, ``max_q_len`` no larger: uint8, zeroed;
+    None on CPU.
 
     Reusable by calls with no more query heads and no larger head_dim. Calls that may run at the same time need one
     each. For batch-invariant calls the rows are those that ``max_q_len`` allows, requests times ``max_q_len``, at

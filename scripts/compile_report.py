@@ -8,8 +8,8 @@ Needs nvcc and nvdisasm, no GPU. Fails on spills, stack, local memory, narrow ac
 
 Columns: registers per thread, bytes of stack and of spills, shared memory of a block (decode: as planned for 8 KV heads
 and a group of 4), warps per SM that registers and shared memory allow. Then the inner loop (decode: a tile of 32 tokens
-per warp; append: a row per group of lanes; gather, transform: the whole kernel), rare branches included: instructions,
-instructions per code of a lane, and its memory accesses and MMAs by kind.
+per warp; decode_merge: a warp's pieces; append: a row per group of lanes; gather, transform: the whole kernel), rare
+branches included: instructions, instructions per code of a lane, and its memory accesses and MMAs by kind.
 """
 
 from __future__ import annotations

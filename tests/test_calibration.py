@@ -367,7 +367,7 @@ def test_automatic_calibration_runs_once(checkpoint, tmp_path, monkeypatch):
 def test_why_it_could_not_be_calibrated():
     """An exception's first line, not the advice that follows a CUDA error; without one the last line."""
     error = "torch.AcceleratorError: CUDA error: device-side assert triggered"
-    trace = 'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\n'
-    assert automatic.reason(f"warning\n{trace}{error}\nSearch for it.\nCompile with `TORCH_USE_CUDA_DSA`.\n") == error
-    assert automatic.reason("usage: saw-int4\nsaw-int4: error: no weights\n") == "saw-int4: error: no weights"
-    assert automatic.reason("") == ""
+    trace = f'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\n{error}\n'
+    assert automatic.last_error(f"warning\n{trace}Search for it.\nCompile with `TORCH_USE_CUDA_DSA`.\n") == error
+    assert automatic.last_error("usage: saw-int4\nsaw-int4: error: no weights\n") == "saw-int4: error: no weights"
+    assert automatic.last_error("") == ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,13 +34,19 @@ def artifact_for(model: str, rotation_order: int, groups: int, device: str) -> P
         command += ["--rotation-order", str(rotation_order), "--groups", str(groups), "--device", device]
         run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if run.returncode:
-            raise ValueError(f"{model} could not be calibrated: {reason(run.stderr) or f'exit code {run.returncode}'}")
+            raise ValueError(
+                f"{model} could not be calibrated: {last_error(run.stderr) or f'exit code {run.returncode}'}"
+            )
     for line in describe(artifact.load(path)).splitlines():
         logger.info("saw_int4: %s", line)
     return path
 
 
-def reason(stderr: str) -> str:
-    """The line that says why a process ended: its last exception's, behind which CUDA errors have advice."""
+def last_error(stderr: str) -> str:
+    """The line that says why a process ended: its last traceback's exception, behind which CUDA errors have advice,
+    or the last line.
+    """
     lines = stderr.strip().splitlines() or [""]
-    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception): ", line)), lines[-1])
+    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback ")]
+    trace = lines[starts[-1] + 1 :] if starts else []
+    return next((line for line in trace if not line.startswith(" ")), lines[-1])

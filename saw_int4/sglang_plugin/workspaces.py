@@ -78,7 +78,5 @@ def beside_the_pool(kvc) -> dict[str, int]:
             device, decode_rows(rows, invariant), *decode_shape(layers), batch_invariant=invariant
         ),
         "FlashInfer's plans": ragged_prefill.DEVICE_BYTES,
-        f"slots of sliding windows for {requests} requests": lines * kvc.model_config.context_len * 4
-        + cells * 4
-        + drafts,
+        "slots of sliding windows": lines * kvc.model_config.context_len * 4 + cells * 4 + drafts,
     }

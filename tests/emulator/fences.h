@@ -1,7 +1,7 @@
 // What blocks know of each other's writes. Memory is weak: a write reaches another block only through
 //
-//     write, thread_fence, atomic        in the writing block, then
-//     atomic, thread_fence, read         in the reading one, both atomics on the same word,
+//     write, atomic_add_acq_rel_u32      in the writing block, then
+//     atomic_add_acq_rel_u32, read       in the reading one, both on the same word,
 //
 // where each step is the same thread's as the one before, or has a barrier in between. (Word of a third block's write,
 // passed on by the second, is not accepted: no kernel needs it.)

@@ -166,7 +166,7 @@ def test_what_the_backend_holds(monkeypatch, two_parts, requests, running):
     kvc |= dict(device="cuda", gpu_id=0, model_dtype=torch.float32, is_hybrid_swa=two_parts, attn_dp_size=2)
     parts = workspaces.beside_the_pool(Settings(**kvc))
     assert parts["gathered keys and values"] == backend._gathered.nbytes
-    assert parts[f"slots of sliding windows for {requests} requests"] == held > 0
+    assert parts["slots of sliding windows"] == held > 0
 
 
 def test_operators_limit(size):

@@ -135,7 +135,8 @@ SAW_INT4_DEVICE void agree(WideState<D, NT, kGroups>& s, float (&w)[MT][kGroups]
       for (int mt = 0; mt < MT; ++mt) top = dev::fmax(top, dev::fmax(w[mt][0][nt][u], w[mt][0][nt][u + 2]));
       SAW_INT4_UNROLL
       for (int mask = 4; mask < 32; mask *= 2) top = dev::fmax(top, dev::shfl_xor(top, mask));
-      if (dev::lane_id() < 4) dev::st_shared(four.weights + way * kBytes + (nt * kRowsPerTile + 2 * c + u) * 4, top);
+      // "g == 0" costs this kernel a register more.
+      if (g < 1) dev::st_shared(four.weights + way * kBytes + (nt * kRowsPerTile + 2 * c + u) * 4, top);
     }
   }
   dev::four_warps_sync();

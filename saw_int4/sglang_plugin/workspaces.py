@@ -70,7 +70,7 @@ def beside_the_pool(kvc) -> dict[str, int]:
     drafts = min(cells, DRAFT_CELLS) * 8 * 5 if rows > requests else 0
     # Of captured graphs, and of passes that do not fit them. Without --max-running-requests nobody knows yet how many
     # requests those will have: of more than graphs have, they grow uncounted.
-    running = (get_schedule().max_running_requests or 0) // kvc.attn_dp_size
+    running = get_schedule().max_running_requests or 0
     lines = requests + max(requests, running) if kvc.is_hybrid_swa else 0
     return {
         "gathered keys and values": gather_tokens(token_bytes, window) * token_bytes,

@@ -159,11 +159,11 @@ def test_what_the_backend_holds(monkeypatch, two_parts, requests, running):
     publish(monkeypatch, {
         "get_exec": exec_,
         "get_spec": spec,
-        "get_schedule": Settings(max_running_requests=running and 2 * running),
+        "get_schedule": Settings(max_running_requests=running),
     })  # fmt: skip
     context = backend.req_to_token_pool.req_to_token.shape[1]
     kvc = dict(model=torch.nn.ModuleList([module]), model_config=Settings(context_len=context))
-    kvc |= dict(device="cuda", gpu_id=0, model_dtype=torch.float32, is_hybrid_swa=two_parts, attn_dp_size=2)
+    kvc |= dict(device="cuda", gpu_id=0, model_dtype=torch.float32, is_hybrid_swa=two_parts)
     parts = workspaces.beside_the_pool(Settings(**kvc))
     assert parts["gathered keys and values"] == backend._gathered.nbytes
     assert parts["slots of sliding windows"] == held > 0

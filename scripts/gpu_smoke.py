@@ -42,7 +42,7 @@ def check(head_dim: int, heads: int, group: int, lens: list[int], q_len: int, ro
 
 torch.manual_seed(0)
 check(128, 8, 4, [700, 90], 1)  # merged by a second launch
-check(128, 8, 4, [700, 90, 300, 41], 1)  # by the last block of a run, as every call of many requests
+check(128, 8, 4, [700, 90, 300, 41, 5], 1)  # by the last block of a run, as every call of many requests
 check(128, 8, 4, [500, 90, 300, 41] * 2, 8)
 check(64, 2, 4, [300, 33], 4)
 check(128, 1, 8, [1100], 4)

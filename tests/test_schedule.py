@@ -115,15 +115,21 @@ int main() {
     const DecodeShape shape{128, 4 * kv_heads, kv_heads, requests, rows, false, 1};
     check(decode_plan(shape, h100).merge_launch == merge_launch, "other merging", shape, h100);
   };
-  merged(2, 5, 1, true), merged(8, 5, 1, false), merged(8, 4, 1, false), merged(8, 8, 8, false);
+  merged(2, 5, 1, true), merged(8, 5, 1, false), merged(8, 8, 8, false);
+  const auto decode_rows = [&](int rows, int requests, int heads) {
+    const DecodeShape shape{128, 32, 8, requests, rows, false, 1};
+    check(decode_plan(shape, h100).heads_per_block == heads, "other heads", shape, h100);
+  };
   for (int requests : {1, 2}) decode_step(h100, requests, 2, true), decode_step(a100, requests, 1, false);
-  decode_step(h100, 3, 1, false), decode_step(h100, 8, 2, false), decode_step(h100, 64, 4, false);
+  decode_step(h100, 3, 2, true), decode_step(h100, 8, 2, false), decode_step(h100, 64, 4, false);
   decode_step(h100, 256, 8, false);
+  decode_rows(2, 8, 2), decode_rows(4, 8, 1), decode_rows(4, 64, 2), decode_rows(8, 4, 1), decode_rows(8, 64, 2);
   // Warps of a wide pass: those that tests/test_decode_attention.py runs on pretended devices.
   const auto wide = [&](const DeviceLimits& device, int head_dim, int groups, int warps) {
     const DecodeShape shape{head_dim, 8, 2, 3, 8, false, groups};
     check(decode_plan(shape, device).warps == warps, "other warps", shape, device);
   };
+  check(decode_plan({128, 32, 8, 64, 8, false, 1}, h100).warps == 8, "other warps", {}, h100);
   for (int head_dim : {64, 128}) wide(h100, head_dim, 1, 16), wide(h100, head_dim, 2, 8), wide(a100, head_dim, 1, 8);
   wide(l40s, 64, 1, 8), wide(l40s, 128, 1, 4), wide(l40s, 128, 2, 8);
   return wrong != 0;

@@ -20,10 +20,11 @@ inline constexpr int kWideWays = 4;     // warps that share a head's tokens in a
 // Batch-invariant launches: few pieces would leave a long context to few blocks, many cost memory and merging.
 inline constexpr int kInvariantPieces = 16;
 inline constexpr int kInvariantHeads = 4;
-inline constexpr int kMergeAtMost = 36;     // pieces times heads of a run, measured: README.md
-inline constexpr int kRecordsPerWarp = 32;  // that the last block adds up, at most, before a second launch pays
-inline constexpr int kRecordPadding = 4;    // words of a stored row of a piece beside O (merge.cuh)
-inline constexpr int kNarrowWarps = 8;      // of a block, at most
+// Of a run, for each warp of the block that adds up its records. Measured: README.md.
+inline constexpr int kMergeLaunchFrom = 16;  // records; where more, a second launch pays
+inline constexpr int kPiecesCost = 24;       // records, and two for each head of a piece; where more, fewer heads pay
+inline constexpr int kRecordPadding = 4;     // words of a stored row of a piece beside O (merge.cuh)
+inline constexpr int kNarrowWarps = 8;       // of a block, at most
 inline constexpr int kWideWarps = 16;
 inline constexpr int kMergeWarps = 16;           // of a block of the merge kernel
 inline constexpr int kMergedRequests = 32;       // of its launch, at most: a lane each
@@ -198,10 +199,10 @@ inline int64_t most_runs(const DecodePlan& plan, int num_requests, int max_q_len
          row_passes(max_q_len, plan.group, kRowsPerTile * plan.row_tiles);
 }
 
-// How many pieces per query row the last block of a run adds up, when B requests share the grid evenly.
-inline int64_t merge_pieces(const DecodePlan& plan, const DecodeShape& shape) {
-  const int64_t runs = static_cast<int64_t>(std::max(shape.num_requests, 1)) * plan.head_groups;
-  return (plan.blocks + runs - 1) / runs * plan.heads_per_block;
+// Pieces of a run, at most, when the runs share the grid evenly.
+inline int64_t pieces_of_run(const DecodePlan& plan, const DecodeShape& shape) {
+  const int64_t runs = most_runs(plan, std::max(shape.num_requests, 1), shape.max_q_len);
+  return (plan.blocks + runs - 1) / runs;
 }
 
 // The second launch that merges (merge_kernel.cuh): a block for each row of each run that there may be.
@@ -224,14 +225,14 @@ inline MergePlan merge_plan(const DecodePlan& plan, int num_requests, int max_q_
 // most two blocks per SM.
 inline bool wants_merge_launch(const DecodePlan& plan, const DecodeShape& shape, const DeviceLimits& device) {
   if (!device.dependent_launches || shape.batch_invariant || shape.num_requests > kMergedRequests) return false;
-  const int64_t runs = most_runs(plan, shape.num_requests, shape.max_q_len);
-  const int64_t rows = plan.rows_per_head * plan.heads_per_block, pieces = (plan.blocks + runs - 1) / runs;
-  return runs * rows <= 2 * device.sm_count && pieces * rows > kRecordsPerWarp * plan.warps;
+  const int64_t rows = plan.rows_per_head * plan.heads_per_block;
+  return most_runs(plan, shape.num_requests, shape.max_q_len) * rows <= 2 * device.sm_count &&
+         pieces_of_run(plan, shape) * rows > kMergeLaunchFrom * plan.warps;
 }
 
 // KV heads in one block: the more, the longer the contiguous runs that are read; the fewer, the less there is to
-// merge when few requests fill the machine (kMergeAtMost), unless a second launch does that. False when no pipeline of
-// two stages fits.
+// transform and to merge when few requests fill the machine (kPiecesCost), unless a second launch merges. False
+// when no pipeline of two stages fits.
 inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLimits& device, int warps,
                      int most_warps) {
   const bool wide = is_wide(plan.row_tiles);
@@ -259,8 +260,9 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
     plan.column_shift = column_shift(plan.head_groups, plan.blocks);
     plan.merge_launch = wants_merge_launch(plan, shape, device);
     // With a second launch, two heads, as long as a warp has no more than a row of the query to transform.
+    const int64_t cost = pieces_of_run(plan, shape) * heads * (plan.rows_per_head + 2);
     const bool merged_well = plan.merge_launch ? heads == 2 && 2 * plan.rows_per_head <= kNarrowWarps
-                                               : merge_pieces(plan, shape) <= kMergeAtMost;
+                                               : cost <= kPiecesCost * plan.warps;
     if (heads == 1 || shape.batch_invariant || merged_well) return true;
   }
   return false;
@@ -273,6 +275,11 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
   plan.row_tiles = std::min(plan.row_tiles, max_row_tiles(shape.head_dim, shape.groups));
   plan.max_pieces = shape.batch_invariant ? kInvariantPieces : 0;
   const int most = max_warps(plan.row_tiles, shape.groups, device.shared_bytes_per_block >= kLargeSharedBytes);
+  // Two blocks of an SM are rarely in the same phase of a wide pass: better, with two heads each, than one of four heads,
+  // where that leaves little to merge.
+  if (most == kWideWarps && !shape.batch_invariant && try_plan(plan, shape, device, most / 2, most) &&
+      plan.heads_per_block == 2 && !plan.merge_launch)
+    return plan;
   for (int warps = most; warps >= 4; warps /= 2)
     if (try_plan(plan, shape, device, warps, most)) return plan;
   throw std::runtime_error("decode_attention: a block needs " + std::to_string(plan.shared_bytes) +

@@ -150,6 +150,17 @@ def test_matches_float64_over_many_tokens(engine, head_dim, page_size, dtype):
     check_case(engine, case)
 
 
+@pytest.mark.large
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_several_rows_of_many_requests(engine, head_dim):
+    """Of a GPU's wide passes, those with two blocks per SM (tests/test_schedule.py)."""
+    case = replace(
+        BASE, head_dim=head_dim, num_q_heads=32, num_kv_heads=8, q_lens=(8, 5) * 20,
+        seq_lens=tuple(8 + 37 * i % 900 for i in range(40)), calibrated=True,
+    )  # fmt: skip
+    check_case(engine, case)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_float32_on_the_cpu(cpu_engine, head_dim):
     check_case(cpu_engine, replace(BASE, head_dim=head_dim, dtype=torch.float32, calibrated=True, q_lens=(3, 1, 2)))

@@ -124,14 +124,19 @@ int main() {
   decode_step(h100, 3, 2, true), decode_step(h100, 8, 2, false), decode_step(h100, 64, 4, false);
   decode_step(h100, 256, 8, false);
   decode_rows(2, 8, 2), decode_rows(4, 8, 1), decode_rows(4, 64, 2), decode_rows(8, 4, 1), decode_rows(8, 64, 2);
-  // Warps of a wide pass: those that tests/test_decode_attention.py runs on pretended devices.
-  const auto wide = [&](const DeviceLimits& device, int head_dim, int groups, int warps) {
-    const DecodeShape shape{head_dim, 8, 2, 3, 8, false, groups};
+  // Warps of a wide pass: those that tests/test_decode_attention.py runs on pretended devices; on a GPU, for 1, 8 and 40
+  // requests.
+  const auto wide = [&](const DeviceLimits& device, int head_dim, int groups, int kv_heads, int requests, int warps) {
+    const DecodeShape shape{head_dim, 4 * kv_heads, kv_heads, requests, 8, false, groups};
     check(decode_plan(shape, device).warps == warps, "other warps", shape, device);
   };
-  check(decode_plan({128, 32, 8, 64, 8, false, 1}, h100).warps == 8, "other warps", {}, h100);
-  for (int head_dim : {64, 128}) wide(h100, head_dim, 1, 16), wide(h100, head_dim, 2, 8), wide(a100, head_dim, 1, 8);
-  wide(l40s, 64, 1, 8), wide(l40s, 128, 1, 4), wide(l40s, 128, 2, 8);
+  const DeviceLimits pretended{4, 228 * 1024, 227 * 1024, true};
+  for (int head_dim : {64, 128}) {
+    wide(pretended, head_dim, 1, 2, 3, 16), wide(pretended, head_dim, 1, 4, 3, 8), wide(a100, head_dim, 1, 2, 3, 8);
+    wide(h100, head_dim, 1, 8, 1, 8), wide(h100, head_dim, 1, 8, 8, 16), wide(h100, head_dim, 1, 8, 40, 8);
+  }
+  wide(pretended, 128, 2, 2, 3, 8);
+  wide(l40s, 64, 1, 2, 3, 8), wide(l40s, 128, 1, 2, 3, 4), wide(l40s, 128, 2, 2, 3, 8);
   return wrong != 0;
 }
 """

@@ -275,10 +275,10 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
   plan.row_tiles = std::min(plan.row_tiles, max_row_tiles(shape.head_dim, shape.groups));
   plan.max_pieces = shape.batch_invariant ? kInvariantPieces : 0;
   const int most = max_warps(plan.row_tiles, shape.groups, device.shared_bytes_per_block >= kLargeSharedBytes);
-  // Two blocks of an SM are rarely in the same phase of a wide pass: better, with two heads each, than one of four heads,
-  // where that leaves little to merge.
+  // Two blocks of an SM are rarely in the same phase of a wide pass: better than one of twice the warps and heads, where
+  // that leaves little to merge, or a second launch merges.
   if (most == kWideWarps && !shape.batch_invariant && try_plan(plan, shape, device, most / 2, most) &&
-      plan.heads_per_block == 2 && !plan.merge_launch)
+      (plan.heads_per_block == 2 || plan.merge_launch))
     return plan;
   for (int warps = most; warps >= 4; warps /= 2)
     if (try_plan(plan, shape, device, warps, most)) return plan;

@@ -241,19 +241,9 @@ SAW_INT4_DEVICE void merge_run(const DecodeParams& p, const DecodePlan& plan, co
   while (rows << (shift + 1) <= plan.warps && pieces > 1 << shift) ++shift;
   const int ways = 1 << shift, way = dev::warp_id() & (ways - 1), mine = (pieces - way + ways - 1) >> shift;
   const uint32_t record = dev::shared_base() + dev::warp_id() * Record<D>::kBytes;
-  const int64_t step = (plan.piece_floats * 4 * share.slot_step)
-                       << shift;  // bytes between pieces of a warp, but the run's 0
   SAW_INT4_UNROLL_BY(1)
   for (int row = dev::warp_id() >> shift; row < rows; row += plan.warps >> shift) {
-    const uint8_t* first = piece_memory(p, plan, share, way) + row * Record<D>::kBytes;
-    const uint8_t* others = piece_memory(p, plan, share, way + ways) + row * Record<D>::kBytes - step;
-    const auto at = [&](int i) { return i == 0 ? first : others + i * step; };
-    RowPiece<D> sum = sum_records<D>(
-        mine,
-        [&](int i) { return dev::ld_global_coherent(reinterpret_cast<const float2*>(at(i) + Record<D>::kSumsAt)); },
-        [&](int i, int e) {
-          return dev::ld_global_coherent(reinterpret_cast<const float4*>(at(i) + Record<D>::at() + 4 * e));
-        });
+    RowPiece<D> sum = PiecesOfWarp<D>(p, plan, share, row, way, ways).sum(mine);
     if (ways == 1)
       finish_row<D>(p, plan, piece.rows, piece.kv_head, sum, row);
     else

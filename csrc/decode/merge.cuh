@@ -146,4 +146,29 @@ SAW_INT4_DEVICE RowPiece<D> sum_shared_records(uint32_t first, int stride, int n
       [&](int i, int e) { return dev::ld_shared<float4>(first + i * stride + Record<D>::at() + 4 * e); });
 }
 
+// A row of those pieces of a run that one of `ways` warps adds up: of piece `way` and of every ways-th after it.
+template <int D>
+class PiecesOfWarp {
+ public:
+  SAW_INT4_DEVICE PiecesOfWarp(const DecodeParams& p, const DecodePlan& plan, const Share& share, int row, int way,
+                               int ways)
+      : step_(plan.piece_floats * 4 * share.slot_step * ways),
+        first_(piece_memory(p, plan, share, way) + row * Record<D>::kBytes),
+        others_(piece_memory(p, plan, share, way + ways) + row * Record<D>::kBytes - step_) {}
+
+  // Of the first n of them.
+  SAW_INT4_DEVICE RowPiece<D> sum(int n) const {
+    const auto at = [&](int i) { return i == 0 ? first_ : others_ + i * step_; };
+    return sum_records<D>(
+        n, [&](int i) { return dev::ld_global_coherent(reinterpret_cast<const float2*>(at(i) + Record<D>::kSumsAt)); },
+        [&](int i, int e) {
+          return dev::ld_global_coherent(reinterpret_cast<const float4*>(at(i) + Record<D>::at() + 4 * e));
+        });
+  }
+
+ private:
+  int64_t step_;  // bytes between them, but the run's piece 0
+  const uint8_t *first_, *others_;
+};
+
 }  // namespace saw_int4

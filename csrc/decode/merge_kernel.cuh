@@ -34,20 +34,12 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * kMergeWarps, D <= 128 ? 2 : 1)
   const int index = dev::block_index() / merge.rows_of_run, row = dev::block_index() - index * merge.rows_of_run;
   const SharedRun run = find_run(p, plan, merge, index);
   const int warp = dev::warp_id(), pieces = run.share.pieces;
-  const int64_t step = plan.piece_floats * 4 * run.share.slot_step * kMergeWarps;  // between a warp's, but the run's 0
-  const uint8_t* first = piece_memory(p, plan, run.share, warp) + row * kBytes;
-  const uint8_t* others = piece_memory(p, plan, run.share, warp + kMergeWarps) + row * kBytes - step;
+  const PiecesOfWarp<D> mine(p, plan, run.share, row, warp, kMergeWarps);
   const uint32_t records = dev::shared_base();
   const bool used = pieces > 1 && row < run.rows.rows.rows << plan.heads_shift;
   dev::wait_for_launch_before();
   if (!used) return;
-  const auto at = [&](int i) { return i == 0 ? first : others + i * step; };
-  RowPiece<D> sum = sum_records<D>(
-      (pieces - warp + kMergeWarps - 1) / kMergeWarps,
-      [&](int i) { return dev::ld_global_coherent(reinterpret_cast<const float2*>(at(i) + Record<D>::kSumsAt)); },
-      [&](int i, int e) {
-        return dev::ld_global_coherent(reinterpret_cast<const float4*>(at(i) + Record<D>::at() + 4 * e));
-      });
+  RowPiece<D> sum = mine.sum((pieces - warp + kMergeWarps - 1) / kMergeWarps);
   store_record(sum, [&](int byte, const float4& x) { dev::st_shared(records + warp * kBytes + byte, x); });
   dev::block_sync();
   if (warp != 0) return;

@@ -148,8 +148,13 @@ SAW_INT4_DEVICE Share share_run(const DecodePlan& plan, const BlockPlace& place,
 template <int NT>
 class Cursor {
  public:
-  // Of the scratch: 16 bytes twice, for the block's own use.
-  static constexpr int kFreeAt = 64, kAlsoFreeAt = 96;
+  // Where in the scratch lies what the block keeps beside the walk.
+  static constexpr int kUnmaskedAt = 64;          // the piece's tokens that all its rows see: begin, end
+  static constexpr int kTreeBaseAt = 72;          // Masks::tree_base
+  static constexpr int kFirstTokenAt = 76;        // of the piece's tiles
+  static constexpr int kSourceAt = 96;            // TileSource
+  static constexpr int kArrivedAt = kUnmaskedAt;  // once the tiles are done: pieces of the run counted before
+
   // scratch: kDecodeScratchBytes of shared memory, 16-byte aligned.
   SAW_INT4_DEVICE explicit Cursor(uint32_t scratch) : scratch_(scratch) {}
 
@@ -204,8 +209,9 @@ class Cursor {
 
  private:
   static constexpr int kShareAt = 32;
-  static constexpr int kRowsAt = kFreeAt + 16;
-  static_assert(kShareAt + 20 <= kFreeAt && kRowsAt + 16 <= kAlsoFreeAt && kAlsoFreeAt + 16 <= kDecodeScratchBytes);
+  static constexpr int kRowsAt = 80;
+  static_assert(kShareAt + 20 <= kUnmaskedAt && kFirstTokenAt + 4 <= kRowsAt && kRowsAt + 16 <= kSourceAt &&
+                kSourceAt + 16 <= kDecodeScratchBytes);
   static constexpr int kRowsPerPass = kRowsPerTile * NT;
   uint32_t scratch_;
 

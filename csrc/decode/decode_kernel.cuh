@@ -78,7 +78,7 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
   const int first_position = first_new + piece.rows.token(0);
   const int last_position = first_new + piece.rows.token(piece.rows.rows - 1);
   const uint32_t scratch = base + plan.scratch_offset;
-  const Masks masks{base + plan.rows_offset, scratch + Cursor<NT>::kFreeAt + 8};
+  const Masks masks{base + plan.rows_offset, scratch + Cursor<NT>::kTreeBaseAt};
   if (thread == 0) dev::st_shared<int32_t>(masks.tree_base, p.tree_mask == nullptr ? 0x7fffffff : first_new);
   if (thread < kRowsPerTile * NT) {
     uint4 row{0, 0, 0, 0};
@@ -98,11 +98,12 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
   }
   const int unmasked_end = p.tree_mask == nullptr ? first_position + 1 : first_new;
   const int unmasked_begin = p.window >= 0 && last_position > p.window ? last_position - static_cast<int>(p.window) : 0;
-  const uint32_t unmasked_at = scratch + Cursor<NT>::kFreeAt, source_at = scratch + Cursor<NT>::kAlsoFreeAt;
+  const uint32_t unmasked_at = scratch + Cursor<NT>::kUnmaskedAt, first_at = scratch + Cursor<NT>::kFirstTokenAt;
+  const uint32_t source_at = scratch + Cursor<NT>::kSourceAt;
   if (kFewRegisters<NT, kGroups> && thread == 0) {
     if (is_wide(NT)) {
       dev::st_shared(unmasked_at, int2{unmasked_begin, unmasked_end});
-      dev::st_shared<int32_t>(unmasked_at + 12, first_token(0));
+      dev::st_shared<int32_t>(first_at, first_token(0));
     }
     source.keep(source_at);
   }
@@ -157,7 +158,7 @@ SAW_INT4_DEVICE void run_tiles(DecodeState<D, NT, kGroups>& s, const DecodeParam
       if (ahead < used_stages) copy_stage(p, plan, kept_source(), tokens_in(ahead), slots_before, stage_before);
       dev::cp_async_commit();
     }
-    const int first = is_wide(NT) ? dev::ld_shared<int32_t>(unmasked_at + 12) + i * stage_tokens : first_token(i);
+    const int first = is_wide(NT) ? dev::ld_shared<int32_t>(first_at) + i * stage_tokens : first_token(i);
     if (is_wide(NT) ? next_slot != kNoSlot : has_slot) {
       dev::st_shared<int32_t>(slots + (stage * stage_tokens + thread) * 4, checked_slot(next_slot, p.num_slots));
       next_slot = fetch_slot(kept_source(), first + (stages + 1) * stage_tokens + thread);
@@ -296,7 +297,7 @@ SAW_INT4_KERNEL SAW_INT4_LAUNCH_BOUNDS(32 * max_warps(NT, kGroups, dev::kLargeSh
     if (kFewRegisters<NT, kGroups>) cursor.recall_rows(piece);
     write_piece<D, NT, kGroups>(state, p, plan, piece, share);
     if (share.pieces > 1 && !plan.merge_launch &&
-        arrives_last(run_counter(p, piece), share.pieces, scratch + cursor.kFreeAt))
+        arrives_last(run_counter(p, piece), share.pieces, scratch + cursor.kArrivedAt))
       merge_run<D>(p, plan, piece, share);
     piece = cursor.next(p, plan);
   }

@@ -218,13 +218,13 @@ SAW_INT4_DEVICE void attend(NarrowState<D, NT, kGroups>& s, const NarrowQuery<D,
     }
   }
   if (logit_cap > 0.f) {
-    const float cap = logit_cap * kLog2e, inverse = dev::div_rn(2.f * kLog2e, cap);
+    const SoftCap soft_cap(logit_cap);
     SAW_INT4_UNROLL
     for (int mt = 0; mt < MT; ++mt) {
       SAW_INT4_UNROLL
       for (int nt = 0; nt < NT; ++nt) {
         SAW_INT4_UNROLL
-        for (int e = 0; e < 4; ++e) w[mt][0][nt][e] = soft_cap(w[mt][0][nt][e], cap, inverse);
+        for (int e = 0; e < 4; ++e) w[mt][0][nt][e] = soft_cap(w[mt][0][nt][e]);
       }
     }
   }

@@ -3,6 +3,7 @@
 
 #include "common/device.h"
 #include "decode/config.h"
+#include "decode/query.cuh"
 #include "format.h"
 
 namespace saw_int4 {
@@ -27,11 +28,17 @@ SAW_INT4_DEVICE float raise_cap(float& v_cap, float v_scale) {
 }
 
 // cap * tanh(x / cap), tanh(y) = 1 - 2 / (e^2y + 1); exact to fp32's last bits of cap, which is all a logit needs. In
-// units of log2, as logits are: `inverse` is 2 log2(e) / cap.
-SAW_INT4_DEVICE float soft_cap(float logit, float cap, float inverse) {
-  const float power = dev::exp2_approx(logit * inverse);
-  return dev::fma_rn(-2.f * cap, dev::rcp_approx(power + 1.f), cap);
-}
+// units of log2, as logits are.
+struct SoftCap {
+  float cap, inverse;  // 2 log2(e) / cap
+
+  SAW_INT4_DEVICE explicit SoftCap(float logit_cap)
+      : cap(logit_cap * kLog2e), inverse(dev::div_rn(2.f * kLog2e, cap)) {}
+  SAW_INT4_DEVICE float operator()(float logit) const {
+    const float power = dev::exp2_approx(logit * inverse);
+    return dev::fma_rn(-2.f * cap, dev::rcp_approx(power + 1.f), cap);
+  }
+};
 
 // What hides tokens from query rows: addresses in shared memory. rows[n] = {end, begin, tree bits low, high}; tree_base
 // is the first new token when there is a tree mask, else past every token.

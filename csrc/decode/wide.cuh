@@ -320,7 +320,7 @@ SAW_INT4_DEVICE void attend_together(WideState<D, NT, kGroups>& s, const WideWar
     }
   }
   if (logit_cap > 0.f) {
-    const float cap = logit_cap * kLog2e, inverse = dev::div_rn(2.f * kLog2e, cap);
+    const SoftCap soft_cap(logit_cap);
     SAW_INT4_UNROLL
     for (int nt = 0; nt < NT; ++nt) {
       SAW_INT4_UNROLL
@@ -331,7 +331,7 @@ SAW_INT4_DEVICE void attend_together(WideState<D, NT, kGroups>& s, const WideWar
           SAW_INT4_UNROLL
           for (int half = 0; half < 2; ++half) {
             float& logit = w[mt][0][nt][2 * half + u];
-            logit = soft_cap(logit + reference, cap, inverse) - reference;
+            logit = soft_cap(logit + reference) - reference;
           }
         }
       }

@@ -41,6 +41,20 @@ def test_decode_gives_the_same_bits_in_any_block_order(emulated, sm_count):
         assert_equal(lse, expected_lse, f"lse with {schedule}")
 
 
+def check_merged(engines, inputs, kernel, **gpu):
+    """`kernel` is the last to run, and gives the same bits, near the oracle's, by every engine in any block order."""
+    solution = decode_oracle(inputs)
+    first = None
+    for engine in engines:
+        for schedule in SCHEDULES[:2] + SCHEDULES[-2:-1]:
+            out, lse = decode(engine, inputs, **gpu, **schedule)
+            assert engine.last_kernel() == kernel
+            compare_decode(out, lse, inputs, solution)
+            first = first or (out, lse)
+            assert_equal(out, first[0])
+            assert_equal(lse, first[1])
+
+
 # Few rows, and many blocks that could share a run: merged by a second launch. Two heads per block, and several pieces a
 # warp; a request without query rows; passes that one of the requests does not have; what only the end of a row needs; a
 # wide pass.
@@ -56,16 +70,7 @@ MERGED = {
 
 @pytest.mark.parametrize("name", MERGED)
 def test_decode_merges_in_a_second_launch(emulated, name):
-    inputs = make_decode(MERGED[name])
-    solution = decode_oracle(inputs)
-    first = None
-    for schedule in SCHEDULES[:2] + SCHEDULES[-2:-1]:
-        out, lse = decode(emulated, inputs, sm_count=80, **schedule)
-        assert emulated.last_kernel() == "saw_int4_decode_merge_kernel"
-        compare_decode(out, lse, inputs, solution)
-        first = first or (out, lse)
-        assert_equal(out, first[0])
-        assert_equal(lse, first[1])
+    check_merged([emulated], make_decode(MERGED[name]), "saw_int4_decode_merge_kernel", sm_count=80)
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +91,10 @@ def test_decode_merges_in_the_kernel_where_launches_do_not_overlap(emulated, emu
     """On a GPU before sm_90: the last block of a run merges, where rows wait in registers and in shared memory."""
     inputs = make_decode(MERGED_IN_THE_KERNEL[name])
     gpu = dict(sm_count=80, shared_bytes=99 * 1024)
-    solution = decode_oracle(inputs)
     decode(emulated, inputs, **gpu)
     assert emulated.last_kernel() == "saw_int4_decode_merge_kernel", "the case tests nothing"
-    first = None
-    for engine in (emulated, emulated_other_arch):
-        for schedule in SCHEDULES[:2] + SCHEDULES[-2:-1]:
-            out, lse = decode(engine, inputs, dependent_launches=False, **gpu, **schedule)
-            assert engine.last_kernel() == "saw_int4_decode_kernel"
-            compare_decode(out, lse, inputs, solution)
-            first = first or (out, lse)
-            assert_equal(out, first[0])
-            assert_equal(lse, first[1])
+    engines = [emulated, emulated_other_arch]
+    check_merged(engines, inputs, "saw_int4_decode_kernel", dependent_launches=False, **gpu)
 
 
 def test_decode_leaves_its_counters_at_zero(emulated):

@@ -261,8 +261,8 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
     plan.merge_launch = wants_merge_launch(plan, shape, device);
     // With a second launch, two heads, as long as a warp has no more than a row of the query to transform.
     const int64_t cost = pieces_of_run(plan, shape) * heads * (plan.rows_per_head + 2);
-    const bool merged_well = plan.merge_launch ? heads == 2 && 2 * plan.rows_per_head <= kNarrowWarps
-                                               : cost <= kPiecesCost * plan.warps;
+    const bool merged_well =
+        plan.merge_launch ? heads == 2 && 2 * plan.rows_per_head <= kNarrowWarps : cost <= kPiecesCost * plan.warps;
     if (heads == 1 || shape.batch_invariant || merged_well) return true;
   }
   return false;
@@ -275,8 +275,8 @@ inline DecodePlan decode_plan(const DecodeShape& shape, const DeviceLimits& devi
   plan.row_tiles = std::min(plan.row_tiles, max_row_tiles(shape.head_dim, shape.groups));
   plan.max_pieces = shape.batch_invariant ? kInvariantPieces : 0;
   const int most = max_warps(plan.row_tiles, shape.groups, device.shared_bytes_per_block >= kLargeSharedBytes);
-  // Two blocks of an SM are rarely in the same phase of a wide pass: better than one of twice the warps and heads, where
-  // that leaves little to merge, or a second launch merges.
+  // Two blocks of an SM are rarely in the same phase of a wide pass: better than one of twice the warps and heads,
+  // where that leaves little to merge, or a second launch merges.
   if (most == kWideWarps && !shape.batch_invariant && try_plan(plan, shape, device, most / 2, most) &&
       (plan.heads_per_block == 2 || plan.merge_launch))
     return plan;

@@ -124,8 +124,8 @@ int main() {
   decode_step(h100, 3, 2, true), decode_step(h100, 8, 2, false), decode_step(h100, 64, 4, false);
   decode_step(h100, 256, 8, false);
   decode_rows(2, 8, 2), decode_rows(4, 8, 1), decode_rows(4, 64, 2), decode_rows(8, 4, 1), decode_rows(8, 64, 2);
-  // Warps of a wide pass: those that tests/test_decode_attention.py runs on pretended devices; on a GPU, for 1, 8 and 40
-  // requests.
+  // Warps of a wide pass: those that tests/test_decode_attention.py runs on pretended devices; on a GPU, for 1, 8 and
+  // 40 requests.
   const auto wide = [&](const DeviceLimits& device, int head_dim, int groups, int kv_heads, int requests, int warps) {
     const DecodeShape shape{head_dim, 4 * kv_heads, kv_heads, requests, 8, false, groups};
     check(decode_plan(shape, device).warps == warps, "other warps", shape, device);

@@ -30,13 +30,15 @@ def decode(engine, inputs, **schedule):
     return out, lse
 
 
-@pytest.mark.parametrize("sm_count", [1, 3, 16, 40])  # 40: a KV head per block, two columns of blocks
-def test_decode_gives_the_same_bits_in_any_block_order(emulated, sm_count):
+# 40 without dependent launches: a KV head per block, two columns of blocks
+@pytest.mark.parametrize("gpu", [dict(sm_count=n) for n in (1, 3, 16)] + [dict(sm_count=40, dependent_launches=False)])
+def test_decode_gives_the_same_bits_in_any_block_order(emulated, gpu):
     inputs = make_decode(CASE)
-    expected, expected_lse = decode(emulated, inputs, sm_count=sm_count)
+    expected, expected_lse = decode(emulated, inputs, **gpu)
+    assert emulated.last_kernel() == "saw_int4_decode_kernel"
     compare_decode(expected, expected_lse, inputs, decode_oracle(inputs))
     for schedule in SCHEDULES:
-        out, lse = decode(emulated, inputs, sm_count=sm_count, **schedule)
+        out, lse = decode(emulated, inputs, **gpu, **schedule)
         assert_equal(out, expected, f"out with {schedule}")
         assert_equal(lse, expected_lse, f"lse with {schedule}")
 
@@ -56,10 +58,11 @@ def check_merged(engines, inputs, kernel, **gpu):
 
 
 # Few rows, and many blocks that could share a run: merged by a second launch. Two heads per block, and several pieces a
-# warp; a request without query rows; passes that one of the requests does not have; what only the end of a row needs; a
-# wide pass.
+# warp; two columns; a request without query rows; passes that one of the requests does not have; what only the end of a
+# row needs; a wide pass.
 MERGED = {
     "two_heads": DecodeCase(num_q_heads=8, num_kv_heads=2, seq_lens=(2300,), q_lens=(1,)),
+    "columns": DecodeCase(num_q_heads=12, num_kv_heads=2, seq_lens=(450,), q_lens=(1,)),
     "ragged": DecodeCase(num_q_heads=4, num_kv_heads=1, seq_lens=(300, 90, 130), q_lens=(2, 0, 1)),
     "passes": DecodeCase(head_dim=80, num_q_heads=2, num_kv_heads=1, seq_lens=(300, 300), q_lens=(5, 1), window=250),
     "end_of_row": DecodeCase(num_q_heads=6, num_kv_heads=2, seq_lens=(450,), q_lens=(1,), rotate_v=True, sink=True),
@@ -154,6 +157,14 @@ def test_append_of_many_rows_does_several_in_a_row(emulated, heads, head_dim, to
         emulated.configure()
     reference.append_kv(k, v, *expected, slots, **options)
     assert_equal(actual, expected)
+
+
+def test_more_query_rows_than_a_plan_can_count_are_refused(emulated):
+    inputs = make_decode(CASE)
+    inputs.q_indptr = torch.arange(len(inputs.seq_lens) + 1, dtype=torch.int32)
+    options = inputs.options | {"max_q_len": 2**30, "workspace": torch.zeros(64, dtype=torch.uint8)}
+    with pytest.raises(RuntimeError, match="max_q_len is 1073741824, expected at most"):
+        emulated.decode_attention(*inputs.positional(), **options)
 
 
 def test_append_stops_at_a_slot_past_the_cache(emulated):

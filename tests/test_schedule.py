@@ -68,11 +68,12 @@ int main() {
                   s.batch_invariant ? ", batch-invariant" : "", device.sm_count, device.shared_bytes_per_block);
   };
   const DeviceLimits h100{132, 228 * 1024, 227 * 1024, true}, a100{108, 164 * 1024, 163 * 1024};
-  const DeviceLimits l40s{142, 100 * 1024, 99 * 1024};
-  for (const DeviceLimits& device : {h100, a100, l40s})
+  const DeviceLimits l40s{142, 100 * 1024, 99 * 1024}, blackwell{188, 100 * 1024, 99 * 1024, true};
+  for (const DeviceLimits& device : {h100, a100, l40s, blackwell})
     for (int head_dim : {64, 80, 96, 112, 128, 192, 256}) for (int groups : {1, 2})
       for (int kv_heads : {1, 2, 3, 4, 5, 8, 12, 16, 32}) for (int group : {1, 2, 4, 5, 7, 16})
-        for (int rows : {1, 2, 5, 8, 16}) for (int requests : {1, 3, 64, 1000}) for (bool invariant : {false, true}) {
+        for (int rows : {1, 2, 5, 8, 16}) for (int requests : {1, 3, 32, 33, 64, 1000})
+          for (bool invariant : {false, true}) {
           const DecodeShape shape{head_dim, kv_heads * group, kv_heads, requests, rows, invariant, groups};
           DecodePlan plan;
           try {
@@ -88,6 +89,8 @@ int main() {
           // The kernel's launch bounds: dev::kLargeShared is true of sm_90 alone among these.
           const bool bound = plan.warps <= max_warps(plan.row_tiles, groups, device.sm_count == h100.sm_count);
           check(bound, "too many warps", shape, device);
+          const bool large_wide = is_wide(plan.row_tiles) && groups == 1 && device.sm_count == h100.sm_count;
+          check(!large_wide || plan.warps * per_sm == kWideWarps, "half of an SM", shape, device);
           const bool whole = kv_heads % plan.heads_per_block == 0 && plan.ways * plan.heads_per_block == plan.warps &&
                              plan.ways >= (is_wide(plan.row_tiles) ? kWideWays : 1);
           check(whole, "heads do not divide", shape, device);
@@ -135,7 +138,10 @@ int main() {
     wide(pretended, head_dim, 1, 2, 3, 16), wide(pretended, head_dim, 1, 4, 3, 8), wide(a100, head_dim, 1, 2, 3, 8);
     wide(h100, head_dim, 1, 8, 1, 8), wide(h100, head_dim, 1, 8, 8, 16), wide(h100, head_dim, 1, 8, 40, 8);
   }
-  wide(pretended, 128, 2, 2, 3, 8);
+  wide(pretended, 128, 2, 2, 3, 8), wide(pretended, 128, 1, 4, 1, 16);
+  const DecodeShape invariant{128, 16, 4, 3, 8, true, 1};
+  const DecodePlan four_heads = decode_plan(invariant, pretended);
+  check(four_heads.warps == 16 && four_heads.heads_per_block == 4, "other heads", invariant, pretended);
   wide(l40s, 64, 1, 2, 3, 8), wide(l40s, 128, 1, 2, 3, 4), wide(l40s, 128, 2, 2, 3, 8);
   return wrong != 0;
 }

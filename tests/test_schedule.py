@@ -87,10 +87,9 @@ int main() {
                             per_sm * (plan.shared_bytes + kSharedReservedPerBlock) <= device.shared_bytes_per_sm;
           check(fits, "too much shared memory", shape, device);
           // The kernel's launch bounds: dev::kLargeShared is true of sm_90 alone among these.
-          const bool bound = plan.warps <= max_warps(plan.row_tiles, groups, device.sm_count == h100.sm_count);
-          check(bound, "too many warps", shape, device);
-          const bool large_wide = is_wide(plan.row_tiles) && groups == 1 && device.sm_count == h100.sm_count;
-          check(!large_wide || plan.warps * per_sm == kWideWarps, "half of an SM", shape, device);
+          const int most_warps = max_warps(plan.row_tiles, groups, device.sm_count == h100.sm_count);
+          check(plan.warps <= most_warps, "too many warps", shape, device);
+          check(most_warps < kWideWarps || plan.warps * per_sm == kWideWarps, "half of an SM", shape, device);
           const bool whole = kv_heads % plan.heads_per_block == 0 && plan.ways * plan.heads_per_block == plan.warps &&
                              plan.ways >= (is_wide(plan.row_tiles) ? kWideWays : 1);
           check(whole, "heads do not divide", shape, device);
@@ -108,25 +107,21 @@ int main() {
           check(workspace_needed(plan, shape, query_rows) <= workspace, "workspace too small", shape, device);
         }
   // Heads of a block, and who merges: as measured (csrc/README.md), 32 query heads on 8.
-  const auto decode_step = [&](const DeviceLimits& device, int requests, int heads, bool merge_launch) {
-    const DecodeShape shape{128, 32, 8, requests, 1, false, 1};
+  const auto decode_rows = [&](const DeviceLimits& device, int rows, int requests, int heads, bool merge_launch) {
+    const DecodeShape shape{128, 32, 8, requests, rows, false, 1};
     const DecodePlan plan = decode_plan(shape, device);
     check(plan.heads_per_block == heads && plan.merge_launch == merge_launch, "other merging", shape, device);
   };
+  for (int requests : {1, 2}) decode_rows(h100, 1, requests, 2, true), decode_rows(a100, 1, requests, 1, false);
+  decode_rows(h100, 1, 3, 2, true), decode_rows(h100, 1, 8, 2, false), decode_rows(h100, 1, 64, 4, false);
+  decode_rows(h100, 1, 256, 8, false), decode_rows(h100, 2, 8, 2, false), decode_rows(h100, 4, 8, 1, false);
+  decode_rows(h100, 4, 64, 2, false), decode_rows(h100, 8, 4, 1, false), decode_rows(h100, 8, 64, 2, false);
   // Both ways to merge in what captures a graph (tests/test_decode_attention.py) and what the sanitizer sees.
   const auto merged = [&](int kv_heads, int requests, int rows, bool merge_launch) {
     const DecodeShape shape{128, 4 * kv_heads, kv_heads, requests, rows, false, 1};
     check(decode_plan(shape, h100).merge_launch == merge_launch, "other merging", shape, h100);
   };
   merged(2, 5, 1, true), merged(8, 5, 1, false), merged(8, 8, 8, false);
-  const auto decode_rows = [&](int rows, int requests, int heads) {
-    const DecodeShape shape{128, 32, 8, requests, rows, false, 1};
-    check(decode_plan(shape, h100).heads_per_block == heads, "other heads", shape, h100);
-  };
-  for (int requests : {1, 2}) decode_step(h100, requests, 2, true), decode_step(a100, requests, 1, false);
-  decode_step(h100, 3, 2, true), decode_step(h100, 8, 2, false), decode_step(h100, 64, 4, false);
-  decode_step(h100, 256, 8, false);
-  decode_rows(2, 8, 2), decode_rows(4, 8, 1), decode_rows(4, 64, 2), decode_rows(8, 4, 1), decode_rows(8, 64, 2);
   // Warps of a wide pass: those that tests/test_decode_attention.py runs on pretended devices; on a GPU, for 1, 8 and
   // 40 requests.
   const auto wide = [&](const DeviceLimits& device, int head_dim, int groups, int kv_heads, int requests, int warps) {

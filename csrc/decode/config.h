@@ -259,8 +259,8 @@ inline bool try_plan(DecodePlan& plan, const DecodeShape& shape, const DeviceLim
     if (!fits) continue;                   // then fewer heads
     plan.column_shift = column_shift(plan.head_groups, plan.blocks);
     plan.merge_launch = wants_merge_launch(plan, shape, device);
-    // With a second launch, two heads, as long as a warp has no more than a row of the query to transform.
     const int64_t cost = pieces_of_run(plan, shape) * heads * (plan.rows_per_head + 2);
+    // With a second launch, two heads, as long as a warp has no more than a row of the query to transform.
     const bool merged_well =
         plan.merge_launch ? heads == 2 && 2 * plan.rows_per_head <= kNarrowWarps : cost <= kPiecesCost * plan.warps;
     if (heads == 1 || shape.batch_invariant || merged_well) return true;

@@ -23,8 +23,7 @@ inline void check_decode(const DecodeParams& p, const DecodePlan& plan, const De
   check_row_alignment(p.q, p.q_token_stride, p.dtype, "decode_attention", "q");
   if (reinterpret_cast<uintptr_t>(p.k_cache) % 16 != 0 || reinterpret_cast<uintptr_t>(p.v_cache) % 16 != 0)
     fail("k_cache or v_cache does not start at a multiple of 16 bytes; pass the whole pool tensor");
-  const int passes = row_passes(p.max_q_len, plan.group, kRowsPerTile * plan.row_tiles);
-  const int64_t units = ((p.table_stride >> plan.tile_shift) + 1) * p.num_requests * plan.head_groups * passes;
+  const int64_t units = ((p.table_stride >> plan.tile_shift) + 1) * most_runs(plan, p.num_requests, p.max_q_len);
   if (units > INT32_MAX - plan.blocks)
     fail(std::to_string(p.num_requests) + " requests of " + std::to_string(p.max_q_len) + " query rows and " +
          std::to_string(p.table_stride) + " tokens are more than one launch can count; call it with fewer requests");
@@ -36,10 +35,10 @@ inline void check_decode(const DecodeParams& p, const DecodePlan& plan, const De
 
 inline void decode(const DecodeParams& p, const DeviceLimits& limits, Stream stream) {
   if (p.num_requests == 0) return;
-  if (int64_t{p.max_q_len} * (p.num_q_heads / p.num_kv_heads) > UINT16_MAX)  // plans count in 32 bits
+  const int group = p.num_q_heads / p.num_kv_heads;
+  if (int64_t{p.max_q_len} * group > UINT16_MAX)  // plans count in 32 bits
     throw std::runtime_error("decode_attention: max_q_len is " + std::to_string(p.max_q_len) + ", expected at most " +
-                             std::to_string(UINT16_MAX / (p.num_q_heads / p.num_kv_heads)) + " with " +
-                             std::to_string(p.num_q_heads / p.num_kv_heads) +
+                             std::to_string(UINT16_MAX / group) + " with " + std::to_string(group) +
                              " query heads per KV head; call it with fewer query rows per request");
   const DecodeShape shape{p.head_dim,  p.num_q_heads,     p.num_kv_heads, p.num_requests,
                           p.max_q_len, p.batch_invariant, p.groups};

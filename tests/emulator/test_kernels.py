@@ -17,6 +17,7 @@ SCHEDULES = [
     *(dict(order="shuffled", seed=seed) for seed in range(3)),
     *(dict(order="shuffled", resident_blocks=n, seed=n) for n in (2, 4, 64)),
 ]
+FEW_SCHEDULES = [*SCHEDULES[:2], SCHEDULES[-2]]
 
 
 def decode(engine, inputs, **schedule):
@@ -30,31 +31,24 @@ def decode(engine, inputs, **schedule):
     return out, lse
 
 
-# 40 without dependent launches: a KV head per block, two columns of blocks
-@pytest.mark.parametrize("gpu", [dict(sm_count=n) for n in (1, 3, 16)] + [dict(sm_count=40, dependent_launches=False)])
-def test_decode_gives_the_same_bits_in_any_block_order(emulated, gpu):
-    inputs = make_decode(CASE)
-    expected, expected_lse = decode(emulated, inputs, **gpu)
-    assert emulated.last_kernel() == "saw_int4_decode_kernel"
-    compare_decode(expected, expected_lse, inputs, decode_oracle(inputs))
-    for schedule in SCHEDULES:
-        out, lse = decode(emulated, inputs, **gpu, **schedule)
-        assert_equal(out, expected, f"out with {schedule}")
-        assert_equal(lse, expected_lse, f"lse with {schedule}")
-
-
-def check_merged(engines, inputs, kernel, **gpu):
-    """`kernel` is the last to run, and gives the same bits, near the oracle's, by every engine in any block order."""
+def check_schedules(schedules, engines, inputs, kernel, **gpu):
+    """`kernel` is the last to run, and gives the same bits, near the oracle's, by every engine under every schedule."""
     solution = decode_oracle(inputs)
     first = None
     for engine in engines:
-        for schedule in SCHEDULES[:2] + SCHEDULES[-2:-1]:
+        for schedule in schedules:
             out, lse = decode(engine, inputs, **gpu, **schedule)
             assert engine.last_kernel() == kernel
             compare_decode(out, lse, inputs, solution)
             first = first or (out, lse)
-            assert_equal(out, first[0])
-            assert_equal(lse, first[1])
+            assert_equal(out, first[0], f"out with {schedule}")
+            assert_equal(lse, first[1], f"lse with {schedule}")
+
+
+# 40 without dependent launches: a KV head per block, two columns of blocks
+@pytest.mark.parametrize("gpu", [dict(sm_count=n) for n in (1, 3, 16)] + [dict(sm_count=40, dependent_launches=False)])
+def test_decode_gives_the_same_bits_in_any_block_order(emulated, gpu):
+    check_schedules([{}, *SCHEDULES], [emulated], make_decode(CASE), "saw_int4_decode_kernel", **gpu)
 
 
 # Few rows, and many blocks that could share a run: merged by a second launch. Two heads per block, and several pieces a
@@ -73,7 +67,8 @@ MERGED = {
 
 @pytest.mark.parametrize("name", MERGED)
 def test_decode_merges_in_a_second_launch(emulated, name):
-    check_merged([emulated], make_decode(MERGED[name]), "saw_int4_decode_merge_kernel", sm_count=80)
+    inputs = make_decode(MERGED[name])
+    check_schedules(FEW_SCHEDULES, [emulated], inputs, "saw_int4_decode_merge_kernel", sm_count=80)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +92,7 @@ def test_decode_merges_in_the_kernel_where_launches_do_not_overlap(emulated, emu
     decode(emulated, inputs, **gpu)
     assert emulated.last_kernel() == "saw_int4_decode_merge_kernel", "the case tests nothing"
     engines = [emulated, emulated_other_arch]
-    check_merged(engines, inputs, "saw_int4_decode_kernel", dependent_launches=False, **gpu)
+    check_schedules(FEW_SCHEDULES, engines, inputs, "saw_int4_decode_kernel", dependent_launches=False, **gpu)
 
 
 def test_decode_leaves_its_counters_at_zero(emulated):
